@@ -1,0 +1,52 @@
+# Everything a person runs. `make quickstart` on a fresh machine is the place to start.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+export PYTHONUNBUFFERED := 1
+# Nothing here asks a hub for models or data.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help quickstart env test test-fast test-long lint format clean
+
+help:
+	@echo "make quickstart   environment, build, base model, FIPO training on this machine, report"
+	@echo "make env          the environment ($(VENV)) and the build; does nothing if they are up to date"
+	@echo "make test         the whole test suite;  make test-fast: unit tests;  make test-long: soaks and wide sweeps"
+	@echo "make lint         ruff and mypy;  make format: let ruff mend what it can"
+	@echo "make clean        remove the environment, the build and the quickstart's run"
+
+quickstart: env
+	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh
+
+env: $(VENV)/.built
+
+$(VENV)/.installed: requirements/base.txt requirements/dev.txt
+	@python=$$(tools/find_python.sh) && echo "creating $(VENV) with $$python" && "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/base.txt -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+test: env
+	$(BIN)/python -m pytest -m "not long" tests
+
+test-fast: env
+	$(BIN)/python -m pytest -m "not long" tests/unit
+
+test-long: env
+	$(BIN)/python -m pytest -m long --timeout 3600 tests
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info megatron_fipo/*.so runs/quickstart .cache

@@ -1,0 +1,42 @@
+// Host code for Python (megatron_fipo._host): what was built and what this CPU runs. No torch.
+#include <pybind11/pybind11.h>
+
+#include "cpu/capability.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __VERSION__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["flags"] = MEGATRON_FIPO_FLAGS;
+  info["torch_target_version"] = MEGATRON_FIPO_TORCH_TARGET;
+  info["cuda"] = false;
+  return info;
+}
+
+py::dict cpu_capability() {
+  using namespace megatron_fipo;
+  py::list built;
+  for (CpuCapability capability : built_cpu_capabilities()) built.append(name(capability));
+  py::dict info;
+  info["offered"] = name(offered_cpu_capability());
+  info["built"] = built;
+  info["selected"] = name(selected_cpu_capability());
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, module) {
+  module.def("build_info", &build_info,
+             "{'compiler', 'flags', 'torch_target_version': the oldest torch the operators load on, 'cuda': bool}");
+  module.def("cpu_capability", &cpu_capability,
+             "{'offered': by this CPU, 'built': in this build, 'selected': in use}; MEGATRON_FIPO_CPU overrides. "
+             "Raises RuntimeError when that variable names kernels that cannot run here.");
+}

@@ -1,0 +1,150 @@
+// Tensor operators on LibTorch's stable ABI: one binary for torch 2.10 and later, loaded without Python.
+// Fake kernels and autograd formulas stand in megatron_fipo/ops.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/packed.h"
+
+namespace {
+
+using megatron_fipo::FipoParams;
+using megatron_fipo::Parallel;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check_vector(const Tensor& t, const char* name, ScalarType dtype, int64_t size) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), name, " must be a contiguous vector");
+  STD_TORCH_CHECK(t.numel() == size, name, " has ", t.numel(), " elements, expected ", size);
+}
+
+template <class T>
+std::vector<int64_t> copy(const Tensor& t) {
+  const T* data = static_cast<const T*>(t.const_data_ptr());
+  return std::vector<int64_t>(data, data + t.numel());
+}
+
+// The kernels index memory by these numbers, so they are checked here whatever the caller did.
+std::vector<int64_t> token_offsets(const Tensor& cu_seqlens, int64_t num_tokens) {
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.is_contiguous() && cu_seqlens.numel() > 0,
+                  "cu_seqlens must be a contiguous, non-empty vector");
+  const ScalarType dtype = cu_seqlens.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, "cu_seqlens must be int32 or int64");
+  std::vector<int64_t> offsets = dtype == ScalarType::Int ? copy<int32_t>(cu_seqlens) : copy<int64_t>(cu_seqlens);
+  STD_TORCH_CHECK(offsets.front() == 0, "cu_seqlens must start at 0, not ", offsets.front());
+  for (size_t s = 1; s < offsets.size(); ++s)
+    STD_TORCH_CHECK(offsets[s - 1] <= offsets[s], "cu_seqlens must not decrease, but does at index ", s);
+  STD_TORCH_CHECK(offsets.back() <= num_tokens, "cu_seqlens ends at ", offsets.back(), " with ", num_tokens, " tokens");
+  return offsets;
+}
+
+const double* carry_pointer(const std::optional<Tensor>& carry, const std::vector<int64_t>& offsets) {
+  if (!carry) return nullptr;
+  check_vector(*carry, "carry", ScalarType::Double, static_cast<int64_t>(offsets.size()) - 1);
+  return static_cast<const double*>(carry->const_data_ptr());
+}
+
+Parallel torch_threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+            torch::stable::parallel_for(0, n, 1, body);
+          }};
+}
+
+void discounted_scan_out(const Tensor& x, const Tensor& cu_seqlens, double gamma, bool reverse,
+                         const std::optional<Tensor>& carry, Tensor out) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "x must be float32 or float64");
+  const int64_t num_tokens = x.numel();
+  check_vector(x, "x", x.scalar_type(), num_tokens);
+  check_vector(out, "out", x.scalar_type(), num_tokens);
+  const std::vector<int64_t> offsets = token_offsets(cu_seqlens, num_tokens);
+  const double* carry_data = carry_pointer(carry, offsets);
+  if (x.scalar_type() == ScalarType::Float)
+    megatron_fipo::packed_scan(static_cast<const float*>(x.const_data_ptr()),
+                               static_cast<float*>(out.mutable_data_ptr()), offsets, num_tokens, gamma, reverse,
+                               carry_data, torch_threads());
+  else
+    megatron_fipo::packed_scan(static_cast<const double*>(x.const_data_ptr()),
+                               static_cast<double*>(out.mutable_data_ptr()), offsets, num_tokens, gamma, reverse,
+                               carry_data, torch_threads());
+}
+
+Tensor discounted_scan(const Tensor& x, const Tensor& cu_seqlens, double gamma, bool reverse,
+                       const std::optional<Tensor>& carry) {
+  Tensor out = torch::stable::empty_like(x);
+  discounted_scan_out(x, cu_seqlens, gamma, reverse, carry, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fipo_loss(
+    const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& response_mask,
+    const Tensor& cu_seqlens, const std::optional<Tensor>& token_weight, const std::optional<Tensor>& carry,
+    bool advantage_is_per_token, double gamma, double weight_low, double weight_high, double safety_threshold,
+    double dual_clip, double clip_low, double clip_high, bool paper) {
+  const int64_t num_tokens = logp.numel();
+  const std::vector<int64_t> offsets = token_offsets(cu_seqlens, num_tokens);
+  const int64_t num_sequences = static_cast<int64_t>(offsets.size()) - 1;
+  check_vector(logp, "logp", ScalarType::Float, num_tokens);
+  check_vector(old_logp, "old_logp", ScalarType::Float, num_tokens);
+  check_vector(advantage, "advantage", ScalarType::Float, advantage_is_per_token ? num_tokens : num_sequences);
+  check_vector(response_mask, "response_mask", ScalarType::Bool, num_tokens);
+  if (token_weight) check_vector(*token_weight, "token_weight", ScalarType::Float, num_tokens);
+
+  const FipoParams params = {gamma,
+                             static_cast<float>(weight_low),
+                             static_cast<float>(weight_high),
+                             static_cast<float>(safety_threshold),
+                             static_cast<float>(dual_clip),
+                             static_cast<float>(std::log(dual_clip)),
+                             static_cast<float>(clip_low),
+                             static_cast<float>(clip_high),
+                             paper};
+  Tensor loss = torch::stable::new_empty(logp, {num_sequences}, ScalarType::Double);
+  Tensor counts = torch::stable::new_empty(logp, {num_sequences, 2}, ScalarType::Long);
+  Tensor grad = torch::stable::empty_like(logp);
+  Tensor weight = torch::stable::empty_like(logp);
+  Tensor future_kl = torch::stable::empty_like(logp);
+  const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+  const std::vector<megatron_fipo::SequenceSums> sums = megatron_fipo::packed_fipo_loss(
+      {floats(logp), floats(old_logp), static_cast<const uint8_t*>(response_mask.const_data_ptr()), floats(advantage),
+       advantage_is_per_token, token_weight ? floats(*token_weight) : nullptr},
+      {static_cast<float*>(grad.mutable_data_ptr()), static_cast<float*>(weight.mutable_data_ptr()),
+       static_cast<float*>(future_kl.mutable_data_ptr())},
+      offsets, num_tokens, params, carry_pointer(carry, offsets), torch_threads());
+  double* loss_data = static_cast<double*>(loss.mutable_data_ptr());
+  int64_t* counts_data = static_cast<int64_t*>(counts.mutable_data_ptr());
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    loss_data[s] = sums[s].loss;
+    counts_data[2 * s] = sums[s].tokens;
+    counts_data[2 * s + 1] = sums[s].dual_clipped;
+  }
+  return {loss, counts, grad, weight, future_kl};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(megatron_fipo, library) {
+  library.def("discounted_scan(Tensor x, Tensor cu_seqlens, float gamma, bool reverse, Tensor? carry) -> Tensor");
+  library.def(
+      "discounted_scan_out(Tensor x, Tensor cu_seqlens, float gamma, bool reverse, Tensor? carry, Tensor(a!) out) -> ()");
+  library.def(
+      "fipo_loss(Tensor logp, Tensor old_logp, Tensor advantage, Tensor response_mask, Tensor cu_seqlens, "
+      "Tensor? token_weight, Tensor? carry, bool advantage_is_per_token, float gamma, float weight_low, "
+      "float weight_high, float safety_threshold, float dual_clip, float clip_low, float clip_high, bool paper) -> "
+      "(Tensor loss_S, Tensor counts_S2, Tensor grad_T, Tensor weight_T, Tensor future_kl_T)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_fipo, CPU, library) {
+  library.impl("discounted_scan", TORCH_BOX(&discounted_scan));
+  library.impl("discounted_scan_out", TORCH_BOX(&discounted_scan_out));
+  library.impl("fipo_loss", TORCH_BOX(&fipo_loss));
+}

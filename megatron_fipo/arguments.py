@@ -1,0 +1,254 @@
+"""Flags: Megatron's own, ours beside them, presets and the Hugging Face model as their defaults.
+
+Order of precedence, weakest first: Megatron's defaults, the machine (``_platform_defaults``), the preset, the model's
+config.json, the command line.
+"""
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.training import arguments as megatron_arguments
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
+from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
+from megatron_fipo.validation import check, check_command_line
+
+DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
+
+Start it under torchrun:  torchrun --nproc-per-node N -m megatron_fipo.train --preset fipo-32b --hf-model DIR ...
+Our flags come first below; every other Megatron-LM flag works as it is."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as one sentence instead of printing a usage of 800 flags."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Our flags and Megatron's in one parser."""
+    parser = _Parser(
+        prog="megatron_fipo.train",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="torchrun [...] -m megatron_fipo.train [flags]",
+    )
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_algorithm_flags(parser.add_argument_group("FIPO"))
+    _add_rollout_flags(parser.add_argument_group("data, rollouts and rewards"))
+    return megatron_arguments.add_megatron_arguments(parser)
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--preset", choices=sorted(PRESETS), default=DEFAULT_PRESET, help="a set of defaults")
+    group.add_argument("--hf-model", metavar="DIR", help="Hugging Face folder: architecture, tokenizer, first weights")
+    group.add_argument("--run-name", default="fipo", help="folder of the run below --runs-dir")
+    group.add_argument("--runs-dir", default="runs")
+    group.add_argument("--num-steps", type=int, help="steps to train; a step is one rollout with all its updates")
+    group.add_argument("--keep-last", type=int, default=2, metavar="N", help="checkpoints to keep")
+    group.add_argument("--save-hf", metavar="DIR", help="write the trained model as a Hugging Face folder at the end")
+    group.add_argument("--dry-run", action="store_true", help="check everything, print derived values as JSON, stop")
+
+
+def _add_algorithm_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--loss", choices=["fipo", "dapo"], help="dapo: influence weights fixed at 1")
+    group.add_argument(
+        "--loss-normalization", choices=["token", "group", "sequence"], help="default: as --fipo-semantics"
+    )
+    group.add_argument(
+        "--fipo-semantics", choices=["official", "paper"], help="where code and paper differ (docs/algorithm.md)"
+    )
+    group.add_argument("--fipo-half-life", type=float, metavar="TOKENS", help="half-life of the future-KL discount")
+    group.add_argument("--fipo-weight-low", type=float, help="lower clip edge of the influence weight")
+    group.add_argument("--fipo-weight-high", type=float, help="upper clip edge of the influence weight")
+    group.add_argument(
+        "--fipo-safety-threshold", type=float, help="ratio above which negative tokens are not amplified"
+    )
+    group.add_argument(
+        "--fipo-dual-clip", type=float, metavar="C", help="dual clip, and the threshold of the future-KL mask"
+    )
+    group.add_argument(
+        "--allow-inactive-fipo",
+        action="store_true",
+        help="allow one update per rollout, where every influence weight is exactly 1",
+    )
+    group.add_argument(
+        "--max-tokens-per-microbatch",
+        type=int,
+        default=16384,
+        metavar="TOKENS",
+        help="budget of one pack; a longer sequence gets one of its own",
+    )
+
+
+def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prompt-data", nargs="+", metavar="PATH", help="JSONL with prompt, answer, source, metadata")
+    group.add_argument(
+        "--eval-data", nargs="+", default=[], metavar="NAME:PATH:N", help="held-out prompts, N samples each"
+    )
+    group.add_argument("--eval-top-p", type=float, help="top-p of evaluation samples (training samples use 1)")
+    group.add_argument("--max-prompt-tokens", type=int, help="longer prompts are dropped and counted")
+    group.add_argument("--rollout-engine", choices=["embedded"], default="embedded")
+    group.add_argument("--rollout-temperature", type=float)
+    group.add_argument("--rollout-max-tokens", type=int, help="longest response")
+    group.add_argument("--rollout-max-running", type=int, default=256, help="completions generated at once per replica")
+    group.add_argument(
+        "--rollout-max-batches", type=int, help="generation batches per step before giving up on contrast"
+    )
+    group.add_argument(
+        "--rollout-dynamic-sampling",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train only on groups with right and wrong answers, and generate until there are enough",
+    )
+    group.add_argument("--rollout-only", metavar="DIR", help="write rollouts to DIR and do not train")
+    group.add_argument("--train-from-rollouts", metavar="DIR", help="train on rollouts that --rollout-only wrote")
+    group.add_argument(
+        "--reward-overlong-buffer",
+        type=int,
+        metavar="TOKENS",
+        help="last tokens of the length limit that cost reward; 0: off",
+    )
+    group.add_argument("--reward-overlong-penalty", type=float, help="reward lost at the length limit")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse and check a command line; nothing is started.
+
+    Raises UserError naming the flag, the value seen and the fix.
+    """
+    check_command_line(argv)
+    parser = build_parser()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=DEFAULT_PRESET)
+    first.add_argument("--hf-model")
+    chosen, _ = first.parse_known_args(argv)
+    parser.set_defaults(**_platform_defaults())
+    parser.set_defaults(**PRESETS.get(chosen.preset, {}))  # an unknown name fails below, as any bad choice does
+    if chosen.hf_model:
+        parser.set_defaults(**model_arguments(chosen.hf_model))
+
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0], parser))
+    args.rank = int(os.environ.get("RANK", "0"))
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.dry_run:  # as if started on enough ranks for one replica
+        model_parallel = (
+            args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+        )
+        args.world_size = max(args.world_size, model_parallel)
+    check(args)
+    _derive(args)
+    if args.hf_model:
+        _validate_megatron(args)
+    return args
+
+
+def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
+    if not flag.startswith("--"):
+        return f"'{flag}' belongs to no flag; see --help"
+    name = flag.split("=")[0]
+    near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+def _platform_defaults() -> dict[str, Any]:
+    """What every RL run needs from Megatron, and what the machine at hand cannot do."""
+    defaults: dict[str, Any] = {
+        "micro_batch_size": 1,  # one pack
+        "calculate_per_token_loss": True,  # the exact denominator is known after the last micro-batch only
+        "dist_ckpt_optim_fully_reshardable": True,
+        "ckpt_format": "torch_dist",
+        "rerun_mode": "disabled",
+        "variable_seq_lengths": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_distributed_optimizer": True,
+        "save_interval": None,
+        "override_opt_param_scheduler": True,  # a resumed run may be given more steps
+    }
+    if torch.cuda.is_available():
+        return defaults | {"bf16": True}
+    return defaults | {
+        "transformer_impl": "local",
+        "distributed_backend": "gloo",
+        "use_cpu_initialization": True,
+        "masked_softmax_fusion": False,
+        "bias_swiglu_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def _derive(args: argparse.Namespace) -> None:
+    """Fill in Megatron's arguments that follow from ours."""
+    args.train_iters = args.num_steps  # one learning-rate step per rollout
+    args.lr_decay_iters = args.lr_decay_iters or max(args.num_steps, args.lr_warmup_iters + 1)
+    args.seq_length = args.max_prompt_tokens + args.rollout_max_tokens
+    args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
+    args.load_run, args.load = args.load, None  # we load after the model is built, see checkpoint/state.py
+    if args.save_interval:
+        args.save = os.path.join(args.runs_dir, args.run_name, "checkpoints")
+
+
+def _validate_megatron(args: argparse.Namespace) -> None:
+    # Megatron prints as it validates; stdout belongs to the run's own lines and to --dry-run's JSON.
+    with contextlib.redirect_stdout(sys.stderr if args.dry_run else open(os.devnull, "w")):
+        try:
+            args.padded_vocab_size = calculate_padded_vocab_size(
+                args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+            )
+            megatron_arguments.validate_args(args)
+        except AssertionError as error:
+            raise UserError(f"Megatron refuses these flags: {error}") from error
+
+
+def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
+    """Every number that follows from the flags, as printed at the start and by --dry-run."""
+    samples = args.grpo_prompts_per_step * args.grpo_group_size
+    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return {
+        "preset": args.preset,
+        "loss": args.loss,
+        "fipo_semantics": args.fipo_semantics,
+        "fipo_half_life": args.fipo_half_life,
+        "fipo_weight_range": [args.fipo_weight_low, args.fipo_weight_high],
+        "fipo_safety_threshold": args.fipo_safety_threshold,
+        "fipo_dual_clip": args.fipo_dual_clip,
+        "clip_range": [args.grpo_clamp_eps_lower, args.grpo_clamp_eps_upper],
+        "prompts_per_step": args.grpo_prompts_per_step,
+        "group_size": args.grpo_group_size,
+        "samples_per_step": samples,
+        "samples_per_update": args.global_batch_size,
+        "prompts_per_update": args.global_batch_size // args.grpo_group_size,
+        "updates_per_step": samples // args.global_batch_size * args.grpo_iterations,
+        "num_steps": args.num_steps,
+        "max_prompt_tokens": args.max_prompt_tokens,
+        "max_response_tokens": args.rollout_max_tokens,
+        "max_tokens_per_microbatch": args.max_tokens_per_microbatch,
+        "overlong_buffer": args.reward_overlong_buffer,
+        "overlong_penalty": args.reward_overlong_penalty,
+        "temperature": args.rollout_temperature,
+        "lr": args.lr,
+        "lr_warmup_steps": args.lr_warmup_iters,
+        "weight_decay": args.weight_decay,
+        "clip_grad": args.clip_grad,
+        "world_size": args.world_size,
+        "tensor_parallel": args.tensor_model_parallel_size,
+        "pipeline_parallel": args.pipeline_model_parallel_size,
+        "context_parallel": args.context_parallel_size,
+        "data_parallel": args.world_size // model_parallel,
+    }

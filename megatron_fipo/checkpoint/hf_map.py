@@ -1,0 +1,177 @@
+"""Which Hugging Face tensors make up which Megatron tensor, and how both are cut for tensor parallelism.
+
+Every Megatron parameter has a rule: the HF tensors it holds, how they are merged into Megatron's full tensor and split
+again, and along which axis Megatron shards it. Names are global: layers count from 0 over all pipeline stages.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+# name below "decoder.layers.N." -> names below "model.layers.N."
+_LAYER = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+# TransformerEngine's spec fuses a norm into the linear layer behind it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one Megatron parameter relates to HF.
+
+    Attributes:
+        hf_names: the HF tensors that it holds, in order.
+        merge: HF tensors -> Megatron's full tensor.
+        split: the inverse.
+        tp_axis: the axis that tensor parallelism cuts; None: every rank holds all.
+        tp_parts: equal blocks along `tp_axis` that are cut one by one (2 for gate and up).
+    """
+
+    hf_names: tuple[str, ...]
+    merge: Callable[[Sequence[Tensor]], Tensor]
+    split: Callable[[Tensor], Sequence[Tensor]]
+    tp_axis: int | None = None
+    tp_parts: int = 1
+
+    def shard(self, full: Tensor, size: int, rank: int) -> Tensor:
+        """What tensor-parallel rank `rank` of `size` holds of the full tensor."""
+        if self.tp_axis is None or size == 1:
+            return full
+        blocks = full.chunk(self.tp_parts, self.tp_axis)
+        return torch.cat([block.chunk(size, self.tp_axis)[rank] for block in blocks], self.tp_axis)
+
+    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        """The full tensor from the shards of all tensor-parallel ranks."""
+        if self.tp_axis is None or len(shards) == 1:
+            return shards[0]
+        axis = self.tp_axis
+        blocks = zip(*(shard.chunk(self.tp_parts, axis) for shard in shards), strict=True)
+        return torch.cat([torch.cat(block, axis) for block in blocks], axis)
+
+
+class WeightMap:
+    """The rules of one model. Covers Qwen2, Qwen2.5 and Qwen3."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int, tied: bool) -> None:
+        """`vocab_size` rows of the embedding exist in HF; Megatron pads them with zeros to `padded_vocab_size`."""
+        self.config = config
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = padded_vocab_size
+        self.tied = tied
+
+    def rule(self, name: str) -> Rule:
+        """The rule for the Megatron parameter with the global name `name`.
+
+        Raises:
+            KeyError: no such parameter is known.
+        """
+        if name == EMBEDDING or (name == OUTPUT and self.tied):
+            return Rule(("model.embed_tokens.weight",), self._pad_vocab, self._cut_vocab, tp_axis=0)
+        if name == OUTPUT:
+            return Rule(("lm_head.weight",), self._pad_vocab, self._cut_vocab, tp_axis=0)
+        if name == "decoder.final_layernorm.weight":
+            return Rule(("model.norm.weight",), _only, _alone)
+        match = _LAYER_NAME.fullmatch(name)
+        if match is None:
+            raise KeyError(name)
+        layer, below = match.groups()
+        below = _FUSED_NORMS.get(below, below)
+        hf_names = tuple(f"model.layers.{layer}.{hf}" for hf in _LAYER[below])
+        if below.startswith("self_attention.linear_qkv."):
+            return Rule(hf_names, self._merge_qkv, self._split_qkv, tp_axis=0)
+        if below == "mlp.linear_fc1.weight":
+            return Rule(
+                hf_names, lambda parts: torch.cat(list(parts)), lambda full: full.chunk(2), tp_axis=0, tp_parts=2
+            )
+        if below in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
+            return Rule(hf_names, _only, _alone, tp_axis=1)
+        return Rule(hf_names, _only, _alone)
+
+    def hf_names(self) -> Iterator[str]:
+        """Every HF tensor of the model."""
+        yield "model.embed_tokens.weight"
+        yield "model.norm.weight"
+        if not self.tied:
+            yield "lm_head.weight"
+        absent = set()
+        if not self.config.add_qkv_bias:
+            absent.add("self_attention.linear_qkv.bias")
+        if not self.config.qk_layernorm:
+            absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+        for layer in range(self.config.num_layers):
+            for below, names in _LAYER.items():
+                if below not in absent:
+                    yield from (f"model.layers.{layer}.{name}" for name in names)
+
+    def hf_shape(self, hf_name: str) -> tuple[int, ...]:
+        """The shape that the HF tensor must have."""
+        c = self.config
+        assert c.kv_channels is not None and c.num_query_groups is not None and c.ffn_hidden_size is not None
+        head_rows = {"q": c.num_attention_heads * c.kv_channels}
+        head_rows["k"] = head_rows["v"] = c.num_query_groups * c.kv_channels
+        if hf_name in ("model.embed_tokens.weight", "lm_head.weight"):
+            return (self.vocab_size, c.hidden_size)
+        if match := re.search(r"self_attn\.([qkv])_proj\.(weight|bias)", hf_name):
+            return (head_rows[match[1]], c.hidden_size)[: 2 if match[2] == "weight" else 1]
+        if "_norm." in hf_name:
+            return (c.kv_channels,)
+        if "o_proj" in hf_name:
+            return (c.hidden_size, head_rows["q"])
+        if "down_proj" in hf_name:
+            return (c.hidden_size, c.ffn_hidden_size)
+        if "gate_proj" in hf_name or "up_proj" in hf_name:
+            return (c.ffn_hidden_size, c.hidden_size)
+        return (c.hidden_size,)
+
+    def _pad_vocab(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.nn.functional.pad(tensors[0], (0, 0, 0, self.padded_vocab_size - self.vocab_size))
+
+    def _cut_vocab(self, full: Tensor) -> Sequence[Tensor]:
+        return (full[: self.vocab_size],)
+
+    def _merge_qkv(self, tensors: Sequence[Tensor]) -> Tensor:
+        """HF: all query heads, all key heads, all values. Megatron: for each group its queries, its key, its value."""
+        groups, dim = self.config.num_query_groups, self.config.kv_channels
+        assert groups is not None and dim is not None
+        rest = tensors[0].shape[1:]
+        return torch.cat([t.reshape(groups, -1, dim, *rest) for t in tensors], 1).reshape(-1, *rest)
+
+    def _split_qkv(self, full: Tensor) -> Sequence[Tensor]:
+        groups, dim = self.config.num_query_groups, self.config.kv_channels
+        assert groups is not None and dim is not None
+        rest = full.shape[1:]
+        heads = full.reshape(groups, -1, dim, *rest)
+        queries_of_group = heads.size(1) - 2
+        return [part.reshape(-1, *rest) for part in heads.split([queries_of_group, 1, 1], 1)]
+
+
+def _only(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0]
+
+
+def _gate_and_up(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors))
+
+
+def _alone(full: Tensor) -> Sequence[Tensor]:
+    return (full,)

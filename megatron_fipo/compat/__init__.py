@@ -1,0 +1,36 @@
+"""The only place that patches Megatron: for machines without CUDA, and for installations without TransformerEngine."""
+
+import functools
+import logging
+import warnings
+
+import torch
+
+from megatron_fipo.compat.patching import Patch, apply
+
+# What is absent and what takes its place is `doctor`'s to say, once; Megatron says it in a dozen warnings per process.
+warnings.filterwarnings("ignore", message="(?s).*(Transformer Engine|transformer-engine|Apex|experimental)", category=UserWarning)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+
+
+def needed_patches() -> tuple[Patch, ...]:
+    """The patches that this machine needs (imports Megatron); `install` applies them, `doctor` lists them."""
+    from megatron_fipo.compat import no_te
+
+    patches: tuple[Patch, ...] = ()
+    if not torch.cuda.is_available():
+        from megatron_fipo.compat import no_cuda
+
+        patches += no_cuda.PATCHES
+    if no_te.is_needed():
+        patches += no_te.PATCHES
+    return patches
+
+
+@functools.cache
+def install() -> None:
+    """Make Megatron work on this machine. Call before Megatron is imported elsewhere; further calls do nothing."""
+    with warnings.catch_warnings():
+        # A dozen modules warn while they are imported that Apex or TransformerEngine is missing; doctor says it once.
+        warnings.simplefilter("ignore", UserWarning)
+        apply(needed_patches())

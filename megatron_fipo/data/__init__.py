@@ -1,0 +1,1 @@
+"""Prompts, samples, and the packed micro-batches made of them."""

@@ -1,0 +1,51 @@
+"""A rollout to the packed micro-batches that this replica trains on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.data.packing import PackedBatch, pack
+from megatron_fipo.data.planning import UpdatePlan
+from megatron_fipo.data.samples import Sample
+from megatron_fipo.loss import FipoConfig, loss_scale
+from megatron_fipo.parallel.exchange import send_to_replicas
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.rollout import Rollout
+
+
+def make_micro_batches(
+    plan: Sequence[UpdatePlan], rollout: Rollout, advantage_S: Tensor, loss: FipoConfig, replicas: Replicas
+) -> list[list[PackedBatch]]:
+    """Send every sample to the replica that the plan gives it to, and pack what arrives: [update][micro-batch]."""
+    outgoing: list[dict[int, Sample]] = [{} for _ in range(replicas.size)]
+    for update in plan:
+        for destination, micro_batches in enumerate(update.micro_batches):
+            outgoing[destination].update({i: rollout.held[i] for mb in micro_batches for i in mb if i in rollout.held})
+    samples = send_to_replicas(outgoing, replicas.group, replicas.device)
+    scale_S = _loss_scale(plan, rollout, loss)
+    return [
+        [
+            pack(
+                [samples[i] for i in mb],
+                mb,
+                advantage_S[list(mb)],
+                None if scale_S is None else scale_S[list(mb)],
+            ).to(replicas.device)
+            for mb in update.micro_batches[replicas.rank]
+        ]
+        for update in plan
+    ]
+
+
+def _loss_scale(plan: Sequence[UpdatePlan], rollout: Rollout, loss: FipoConfig) -> Tensor | None:
+    """The weight of each sample's loss sum within its update, fp32 [S]; None where token counts divide instead."""
+    normalization = loss.normalization
+    if normalization is None or normalization == "token":
+        return None
+    scale_S = torch.empty(len(rollout.reward_S))
+    for update in plan:
+        members = sorted(i for micro_batches in update.micro_batches for mb in micro_batches for i in mb)
+        tokens_S, groups_S = rollout.response_tokens_S[members], rollout.group_ids_S[members]
+        scale_S[members] = loss_scale(normalization, tokens_S, groups_S).float()
+    return scale_S

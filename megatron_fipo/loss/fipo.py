@@ -1,0 +1,216 @@
+"""FIPO: DAPO's clipped policy-gradient loss with a weight per token from the future KL (arXiv 2603.19835, Eqs. 4-8).
+
+Per response token t, with d = clamp(logp - old_logp, -20, 20), r = exp(d), advantage A:
+
+    x[t] = d[t] if r[t] <= c else 0                         tokens beyond c do not enter the future KL
+    F[t] = x[t] + gamma F[t+1],  gamma = 2^(-1/half_life)   future KL; tokens without response cost a step of decay too
+    f[t] = clip(exp(F[t]), weight_low, weight_high)         influence weight, no gradient
+    l[t] = max(-A f r, -A f clip(r, 1-clip_low, 1+clip_high))
+
+`official` is the released code: where A < 0, f is clamped to [0.8, 1] if r > safety_threshold, and l is at most -A f c
+(dual clip). `paper`: f = 1 if r > safety_threshold, no dual clip. With f = 1 everywhere this is DAPO.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.loss.config import FipoConfig
+from megatron_fipo.loss.metrics import LossStatistics, TokenTerms, exact_ratio_quantiles
+from megatron_fipo.loss.normalization import loss_scale
+from megatron_fipo.ops.fused_loss import fused_fipo_loss
+from megatron_fipo.ops.packed import check_cu_seqlens, expand_to_tokens, sum_per_sequence
+from megatron_fipo.ops.reference import reference_discounted_scan
+
+MAX_LOG_RATIO = 20.0
+MAX_FUTURE_KL = 80.0  # exp saturates there, so that an unbounded weight times a ratio stays finite in fp32
+BACKENDS = ("compiled", "torch")
+
+
+@dataclass(frozen=True)
+class FipoOutput:
+    """loss = loss_sum / denominator, differentiable in logp like loss_sum; scalars in logp's dtype, denominator fp64.
+
+    With normalization "token" the denominator is the number of kept response tokens: over micro-batches and ranks, add
+    up both and divide once. With "group" and "sequence" the sum is already scaled and the denominator is 1.
+    weights_T: f, [T] like logp, no gradient.
+    """
+
+    loss: Tensor
+    loss_sum: Tensor
+    denominator: Tensor
+    weights_T: Tensor
+    terms: TokenTerms
+    config: FipoConfig
+    normalizer: Tensor
+
+    @cached_property
+    def statistics(self) -> LossStatistics:
+        """Mergeable over micro-batches and ranks."""
+        return LossStatistics.of(self.terms, self.config, loss_sum=self.loss_sum.detach(), normalizer=self.normalizer)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """{"actor/NAME": value} of this call alone, with exact quantiles."""
+        return self.statistics.metrics(exact_ratio_quantiles(self.terms))
+
+
+def fipo_loss(
+    logp_T: Tensor,
+    old_logp_T: Tensor,
+    advantage: Tensor,
+    response_mask_T: Tensor,
+    cu_seqlens_S1: Tensor,
+    config: FipoConfig,
+    *,
+    group_ids_S: Tensor | None = None,
+    token_weight_T: Tensor | None = None,
+    loss_scale_S: Tensor | None = None,
+    backend: str = "compiled",
+) -> FipoOutput:
+    """The FIPO loss of S packed sequences; the only gradient is that of logp_T.
+
+    logp_T, old_logp_T: [T] fp32 (backend "torch" also fp64), log-prob of each token under the trained policy and under
+    the one before this rollout's first update. advantage: [S] or [T] ([S] if both fit). response_mask_T: [T] bool; what
+    lies outside it, NaN included, has no influence. cu_seqlens_S1: [S + 1] int32 or int64.
+    group_ids_S: [S], for normalization "group". token_weight_T: [T], factor of the token loss (importance correction).
+    loss_scale_S: [S], `loss_scale` of the whole mini-batch, for callers that pass only a part of it.
+    backend: "compiled", or "torch" for the same in plain torch on any device.
+    Raises ValueError, naming the argument, for wrong shapes, dtypes or missing group_ids_S.
+    """
+    num_tokens, num_sequences = logp_T.shape[0], cu_seqlens_S1.shape[0] - 1
+    _check(logp_T, old_logp_T, response_mask_T, token_weight_T, backend)
+    check_cu_seqlens(cu_seqlens_S1, num_tokens)
+    if advantage.shape not in ((num_sequences,), (num_tokens,)):
+        raise ValueError(f"advantage must have shape [{num_sequences}] or [{num_tokens}], not {list(advantage.shape)}")
+
+    cu_seqlens_S1 = cu_seqlens_S1.contiguous()
+    inside_T = torch.arange(num_tokens, device=logp_T.device) < cu_seqlens_S1[-1]
+    mask_T = response_mask_T & inside_T
+    old_logp_T = old_logp_T.detach()
+    advantage = advantage.detach().to(logp_T.dtype)
+    token_weight_T = None if token_weight_T is None else token_weight_T.detach().to(logp_T.dtype)
+    sums = compiled_token_losses if backend == "compiled" else torch_token_losses
+    loss_S, tokens_S, beyond_c_S, terms = sums(
+        logp_T, old_logp_T, advantage, mask_T, cu_seqlens_S1, token_weight_T, config
+    )
+
+    # sequence filter: a response with several tokens beyond c has drifted away as a whole
+    kept_S = beyond_c_S <= 1 if config.filters_sequences else torch.ones_like(beyond_c_S, dtype=torch.bool)
+    per_token = config.resolved_normalization == "token"
+    if loss_scale_S is None:
+        loss_scale_S = loss_scale(config.resolved_normalization, tokens_S, group_ids_S)
+    elif loss_scale_S.shape != (num_sequences,):
+        raise ValueError(f"loss_scale_S must have shape [{num_sequences}], not {list(loss_scale_S.shape)}")
+    loss_sum = torch.where(kept_S, loss_S * loss_scale_S, 0.0).sum().to(logp_T.dtype)
+
+    # the share of the mini-batch in this call: kept tokens, or the part of 1 that its tokens hold
+    counted_S = torch.where(kept_S, tokens_S, 0) if per_token else tokens_S
+    normalizer = (counted_S * loss_scale_S).sum()
+    denominator = normalizer if per_token else torch.ones_like(normalizer)
+    loss = loss_sum / torch.where(denominator > 0, denominator, 1.0).to(loss_sum.dtype)
+    return FipoOutput(loss, loss_sum, denominator, terms.weight_T, terms, config, normalizer)
+
+
+def influence_weight(future_kl_T: Tensor, ratio_T: Tensor, advantage_T: Tensor, config: FipoConfig) -> Tensor:
+    """f [T]: exp(F) clipped to its range, reset by the safety rule."""
+    weight_T = future_kl_T.clamp(-MAX_FUTURE_KL, MAX_FUTURE_KL).exp().clamp(config.weight_low, config.weight_high)
+    safe_T = torch.ones_like(weight_T) if config.is_paper else weight_T.clamp(0.8, 1.0)
+    return torch.where((advantage_T < 0) & (ratio_T > config.safety_threshold), safe_T, weight_T)
+
+
+def torch_token_losses(
+    logp_T: Tensor,
+    old_logp_T: Tensor,
+    advantage: Tensor,
+    mask_T: Tensor,
+    cu_seqlens_S1: Tensor,
+    token_weight_T: Tensor | None,
+    config: FipoConfig,
+) -> tuple[Tensor, Tensor, Tensor, TokenTerms]:
+    """Per sequence the fp64 sum of token losses (differentiable), response tokens, tokens beyond c; and the terms."""
+    c = config.dual_clip
+    # selected, never multiplied by the mask: padding may hold NaN
+    d_T = torch.where(mask_T, logp_T - old_logp_T, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    A_T = torch.where(mask_T, _per_token(advantage, cu_seqlens_S1, logp_T.shape[0]), 0.0)
+    r_T = d_T.exp()
+
+    with torch.no_grad():
+        x_T = torch.where(d_T <= math.log(c), d_T, 0.0)
+        F_T = reference_discounted_scan(x_T.double(), cu_seqlens_S1, config.gamma).to(x_T.dtype)
+        f_T = influence_weight(F_T, r_T, A_T, config)
+
+    clipped_r_T = r_T.clamp(1 - config.clip_low, 1 + config.clip_high)
+    w_T = A_T * f_T
+    loss_T = torch.maximum(-w_T * r_T, -w_T * clipped_r_T)
+    beyond_c_T = (A_T < 0) & (torch.maximum(r_T, clipped_r_T) > c)
+    if not config.is_paper:
+        loss_T = torch.where(beyond_c_T, -w_T * c, loss_T)
+    if token_weight_T is not None:
+        loss_T = loss_T * torch.where(mask_T, token_weight_T, 0.0)
+
+    loss_S, tokens_S, beyond_c_S = (sum_per_sequence(v_T, cu_seqlens_S1) for v_T in (loss_T, mask_T, beyond_c_T))
+    terms = TokenTerms(d_T.detach(), F_T, f_T, A_T, mask_T)
+    return loss_S, tokens_S.long(), beyond_c_S.long(), terms
+
+
+def compiled_token_losses(
+    logp_T: Tensor,
+    old_logp_T: Tensor,
+    advantage: Tensor,
+    mask_T: Tensor,
+    cu_seqlens_S1: Tensor,
+    token_weight_T: Tensor | None,
+    config: FipoConfig,
+) -> tuple[Tensor, Tensor, Tensor, TokenTerms]:
+    """The same by the fused operator."""
+    fused = fused_fipo_loss(
+        logp_T.contiguous(),
+        old_logp_T.contiguous(),
+        advantage.contiguous(),
+        mask_T,
+        cu_seqlens_S1,
+        token_weight_T=None if token_weight_T is None else token_weight_T.contiguous(),
+        advantage_is_per_token=advantage.shape[0] != cu_seqlens_S1.shape[0] - 1,
+        gamma=config.gamma,
+        weight_low=config.weight_low,
+        weight_high=config.weight_high,
+        safety_threshold=config.safety_threshold,
+        dual_clip=config.dual_clip,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        paper=config.is_paper,
+    )
+    with torch.no_grad():
+        d_T = torch.where(mask_T, logp_T - old_logp_T, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        A_T = torch.where(mask_T, _per_token(advantage, cu_seqlens_S1, logp_T.shape[0]), 0.0)
+    terms = TokenTerms(d_T, fused.future_kl_T, fused.weight_T, A_T, mask_T)
+    return fused.loss_S, fused.counts_S2[:, 0], fused.counts_S2[:, 1], terms
+
+
+def _per_token(advantage: Tensor, cu_seqlens_S1: Tensor, num_tokens: int) -> Tensor:
+    if advantage.shape[0] == cu_seqlens_S1.shape[0] - 1:
+        return expand_to_tokens(advantage, cu_seqlens_S1, num_tokens)
+    return advantage
+
+
+def _check(
+    logp_T: Tensor, old_logp_T: Tensor, response_mask_T: Tensor, token_weight_T: Tensor | None, backend: str
+) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    allowed = (torch.float32,) if backend == "compiled" else (torch.float32, torch.float64)
+    if logp_T.dim() != 1 or logp_T.dtype not in allowed:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"logp_T must be {names} of shape [T], not {logp_T.dtype} {list(logp_T.shape)}")
+    if old_logp_T.dtype != logp_T.dtype:
+        raise ValueError(f"old_logp_T must have logp_T's dtype {logp_T.dtype}, not {old_logp_T.dtype}")
+    if response_mask_T.dtype != torch.bool:
+        raise ValueError(f"response_mask_T must be bool, not {response_mask_T.dtype}")
+    like_logp = {"old_logp_T": old_logp_T, "response_mask_T": response_mask_T, "token_weight_T": token_weight_T}
+    for name, tensor in like_logp.items():
+        if tensor is not None and tensor.shape != logp_T.shape:
+            raise ValueError(f"{name} must have logp_T's shape {list(logp_T.shape)}, not {list(tensor.shape)}")

@@ -1,0 +1,225 @@
+"""What the released code logs about a loss, as statistics that merge exactly over micro-batches and ranks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.loss.config import FipoConfig
+
+# Histograms of d = log r have bins of equal width in asinh(d / 1e-3): fine where most tokens are, relative further out.
+# A quantile read from them is off by at most half a bin, |error of log r| <= 0.0013 sqrt(log(r)^2 + 1e-6).
+HISTOGRAM_SCALE = 1e-3
+HISTOGRAM_BINS = 8191  # odd: d = 0 is the centre of the middle bin
+_HALF = HISTOGRAM_BINS // 2
+_BIN_WIDTH = math.asinh(20.0 / HISTOGRAM_SCALE) / _HALF
+
+SUMS = (
+    "tokens",
+    "normalizer",
+    "loss",
+    "log_ratio",
+    "clipped",
+    "dual_clipped",
+    "weight",
+    "raw_weight",
+    "weight_at_high",
+    "weight_at_low",
+    "active",
+    "negative_2_3",
+    "negative_3_4",
+    "negative_4_c",
+    "positive_small",
+)
+EXTREMA = ("weight", "raw_weight", "negative_log_ratio", "positive_log_ratio")
+_SIGNS = ("negative", "positive")
+
+QUANTILES = {
+    "neg_is_p75": ("negative", 0.75),
+    "neg_is_p995": ("negative", 0.995),
+    "neg_is_p999": ("negative", 0.999),
+    "pos_is_p25": ("positive", 0.25),
+    "pos_is_median": ("positive", 0.5),
+    "pos_is_p75": ("positive", 0.75),
+    "pos_is_p995": ("positive", 0.995),
+    "pos_is_p999": ("positive", 0.999),
+}
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """[T] each, without gradient and finite: d and A are 0 outside the response."""
+
+    log_ratio_T: Tensor
+    future_kl_T: Tensor
+    weight_T: Tensor
+    advantage_T: Tensor
+    mask_T: Tensor
+
+
+@dataclass(frozen=True)
+class LossStatistics:
+    """Sums fp64 [len(SUMS)], minima, maxima fp64 [len(EXTREMA)], histograms int64 [2, HISTOGRAM_BINS] (A < 0, A > 0).
+
+    To reduce over ranks: all-reduce `sums` and `histograms` with SUM, `minima` with MIN, `maxima` with MAX, in place.
+    """
+
+    sums: Tensor
+    minima: Tensor
+    maxima: Tensor
+    histograms: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> "LossStatistics":
+        """Of no tokens: what a rank without micro-batches brings to the reduction."""
+        return cls(
+            sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
+            minima=torch.full((len(EXTREMA),), torch.inf, dtype=torch.float64, device=device),
+            maxima=torch.full((len(EXTREMA),), -torch.inf, dtype=torch.float64, device=device),
+            histograms=torch.zeros(2, HISTOGRAM_BINS, dtype=torch.int64, device=device),
+        )
+
+    @classmethod
+    def of(cls, terms: TokenTerms, config: FipoConfig, *, loss_sum: Tensor, normalizer: Tensor) -> "LossStatistics":
+        """loss_sum / normalizer is the loss: both add up over the parts of a mini-batch."""
+        if terms.mask_T.shape[0] == 0:
+            return cls.empty(terms.mask_T.device)
+        mask_T, d_T, f_T = terms.mask_T, terms.log_ratio_T, terms.weight_T
+        r_T, raw_f_T = d_T.exp(), terms.future_kl_T.clamp(-80.0, 80.0).exp()
+        negative_T, positive_T = mask_T & (terms.advantage_T < 0), mask_T & (terms.advantage_T > 0)
+        c = config.dual_clip
+        # with the range [0, 10] the released code takes the weight as unclipped
+        ranged_T = mask_T if (config.weight_low, config.weight_high) != (0.0, 10.0) else torch.zeros_like(mask_T)
+
+        def total(values_T: Tensor) -> Tensor:
+            return torch.where(mask_T, values_T, 0.0).sum(dtype=torch.float64)
+
+        sums = {
+            "tokens": mask_T.sum(),
+            "normalizer": normalizer,
+            "loss": loss_sum,
+            "log_ratio": total(d_T),
+            "clipped": ((negative_T & (r_T < 1 - config.clip_low)) | (positive_T & (r_T > 1 + config.clip_high))).sum(),
+            "dual_clipped": (negative_T & (r_T.clamp(min=1 - config.clip_low) > c)).sum(),
+            "weight": total(f_T),
+            "raw_weight": total(raw_f_T),
+            "weight_at_high": (ranged_T & (f_T >= config.weight_high)).sum(),
+            "weight_at_low": (ranged_T & (f_T <= config.weight_low)).sum(),
+            "active": (mask_T & (f_T != 1)).sum(),
+            "negative_2_3": (negative_T & (r_T >= 2) & (r_T < 3)).sum(),
+            "negative_3_4": (negative_T & (r_T >= 3) & (r_T < 4)).sum(),
+            "negative_4_c": (negative_T & (r_T >= 4) & (r_T < c)).sum(),
+            "positive_small": (positive_T & (r_T < 1e-3)).sum(),
+        }
+        ranges = {
+            "weight": (f_T, mask_T),
+            "raw_weight": (raw_f_T, mask_T),
+            "negative_log_ratio": (d_T, negative_T),
+            "positive_log_ratio": (d_T, positive_T),
+        }
+        return cls(
+            sums=torch.stack([sums[name].double() for name in SUMS]),
+            minima=torch.stack([torch.where(m_T, v_T, torch.inf).amin() for v_T, m_T in _pick(ranges)]).double(),
+            maxima=torch.stack([torch.where(m_T, v_T, -torch.inf).amax() for v_T, m_T in _pick(ranges)]).double(),
+            histograms=_histograms(d_T, negative_T, positive_T),
+        )
+
+    @staticmethod
+    def merge(a: "LossStatistics", b: "LossStatistics") -> "LossStatistics":
+        return LossStatistics(
+            sums=a.sums + b.sums,
+            minima=torch.minimum(a.minima, b.minima),
+            maxima=torch.maximum(a.maxima, b.maxima),
+            histograms=a.histograms + b.histograms,
+        )
+
+    def metrics(self, quantiles: Mapping[str, float] | None = None) -> dict[str, float]:
+        """{"actor/NAME": value} with the released code's names, and "fipo/active_fraction".
+
+        Quantiles come from the histograms unless given. What no token contributes to is 0.
+        """
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        low = dict(zip(EXTREMA, self.minima.tolist(), strict=True))
+        high = dict(zip(EXTREMA, self.maxima.tolist(), strict=True))
+        tokens, normalizer = max(sums["tokens"], 1.0), sums["normalizer"]
+        values = {
+            "influence_weights_mean": sums["weight"] / tokens,
+            "influence_weights_min": _or_zero(low["weight"]),
+            "influence_weights_max": _or_zero(high["weight"]),
+            "influence_weights_mean_raw": sums["raw_weight"] / tokens,
+            "raw_influence_weights_min": _or_zero(low["raw_weight"]),
+            "raw_influence_weights_max": _or_zero(high["raw_weight"]),
+            "IW_overall_clip_ratio": (sums["weight_at_high"] + sums["weight_at_low"]) / tokens,
+            "IW_upper_clip_ratio": sums["weight_at_high"] / tokens,
+            "IW_lower_clip_ratio": sums["weight_at_low"] / tokens,
+            "neg_ratio_2_3": sums["negative_2_3"] / tokens,
+            "neg_ratio_3_4": sums["negative_3_4"] / tokens,
+            "neg_ratio_4_10": sums["negative_4_c"] / tokens,
+            "neg_is_max": math.exp(high["negative_log_ratio"]),  # exp(-inf) = 0: no such token
+            "pos_is_max": math.exp(high["positive_log_ratio"]),
+            "pos_is_min": _or_zero(math.exp(low["positive_log_ratio"])),
+            "pos_mini_frac": sums["positive_small"] / tokens,
+            "pg_clipfrac": sums["clipped"] / tokens,
+            "pg_clipfrac_lower": sums["dual_clipped"] / tokens,
+            "ppo_kl": -sums["log_ratio"] / tokens,
+            "pg_loss": sums["loss"] / normalizer if normalizer > 0 else 0.0,
+            **(self._histogram_quantiles() if quantiles is None else quantiles),
+        }
+        return {f"actor/{name}": value for name, value in values.items()} | {
+            "fipo/active_fraction": sums["active"] / tokens
+        }
+
+    def _histogram_quantiles(self) -> dict[str, float]:
+        counts = self.histograms.cumsum(dim=1).cpu()
+        minima, maxima = self.minima.tolist(), self.maxima.tolist()
+
+        def ratio(sign: str, rank: int) -> float:
+            row, extremum = _SIGNS.index(sign), EXTREMA.index(f"{sign}_log_ratio")
+            bin_index = int(torch.searchsorted(counts[row], rank, right=True)) - _HALF
+            d = HISTOGRAM_SCALE * math.sinh(bin_index * _BIN_WIDTH)
+            return math.exp(min(max(d, minima[extremum]), maxima[extremum]))
+
+        return {
+            name: _interpolate(lambda rank, sign=sign: ratio(sign, rank), int(counts[_SIGNS.index(sign), -1]), q)
+            for name, (sign, q) in QUANTILES.items()
+        }
+
+
+def exact_ratio_quantiles(terms: TokenTerms) -> dict[str, float]:
+    """The quantiles of r where A < 0 and where A > 0, interpolated linearly like torch.quantile; costs two sorts."""
+    ordered = {
+        "negative": terms.log_ratio_T[terms.mask_T & (terms.advantage_T < 0)].sort().values,
+        "positive": terms.log_ratio_T[terms.mask_T & (terms.advantage_T > 0)].sort().values,
+    }
+    return {
+        name: _interpolate(lambda rank, d=ordered[sign]: math.exp(float(d[rank])), ordered[sign].shape[0], q)
+        for name, (sign, q) in QUANTILES.items()
+    }
+
+
+def _interpolate(value_at_rank, count: int, q: float) -> float:
+    """Between the two values of ranks next to q (count - 1); 0 without values."""
+    if count == 0:
+        return 0.0
+    position = q * (count - 1)
+    rank = math.floor(position)
+    below, above = value_at_rank(rank), value_at_rank(min(rank + 1, count - 1))
+    return below + (position - rank) * (above - below)
+
+
+def _histograms(d_T: Tensor, negative_T: Tensor, positive_T: Tensor) -> Tensor:
+    bin_T = (torch.asinh(d_T / HISTOGRAM_SCALE) / _BIN_WIDTH).round().long().clamp(-_HALF, _HALF) + _HALF
+    # tokens that belong to neither go to one slot behind the last bin
+    slot_T = torch.where(negative_T, bin_T, torch.where(positive_T, bin_T + HISTOGRAM_BINS, 2 * HISTOGRAM_BINS))
+    counts = torch.zeros(2 * HISTOGRAM_BINS + 1, dtype=torch.int64, device=d_T.device)
+    return counts.scatter_add_(0, slot_T, torch.ones_like(slot_T))[:-1].view(2, HISTOGRAM_BINS)
+
+
+def _pick(ranges: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [ranges[name] for name in EXTREMA]
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0

@@ -1,0 +1,156 @@
+"""Attention and norm of the local layer spec: what Megatron leaves to TransformerEngine, in plain torch.
+
+Grouped queries, packed sequences (THD), plain causal batches, and generation with a key/value cache.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_fipo.model.kv_cache import KVCache
+
+# Overhead of one attention call with its gradient, in multiply-adds (pairs of positions x width), measured on a CPU.
+CALL_COST = 2**22
+
+
+class TorchAttention(MegatronModule):
+    """Causal scaled-dot-product attention behind Megatron's core-attention interface."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert not (config.attention_dropout if attention_dropout is None else attention_dropout), "no dropout here"
+        assert config.context_parallel_size == 1, "context parallelism needs TransformerEngine's attention for now"
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [sq, b, heads, d], packed: [t, heads, d].
+            key, value: [sk, b, groups, d], packed: [t, groups, d].
+            attention_mask: None for a causal batch (sq == sk) or packed sequences; in a decoding step (sq == 1) None or
+                a float mask [b, 1, 1, sk] that is added to the scores.
+            packed_seq_params: boundaries of the packed sequences.
+
+        Returns:
+            [sq, b, heads * d], packed: [t, heads * d].
+        """
+        assert attention_bias is None
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
+        if query.size(0) > 1:
+            assert attention_mask is None and query.size(0) == key.size(0), "only whole causal sequences"
+            return self._causal(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        # One query for each sequence: the heads of a group become its queries, which reads each key once.
+        q = q.view(q.size(0), k.size(1), -1, q.size(3))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.softmax_scale)
+        return out.reshape(1, query.size(1), -1)
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [b, heads, s, d], k and v [b, groups, s, d] -> [b, heads, s, d]."""
+        grouped = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
+        cu_seqlens = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
+        out = torch.zeros_like(query)  # positions past the last sequence stay 0
+        call_cost = CALL_COST / (query.size(1) * query.size(2))
+        for rows, length, pack_index, padded_index in padded_groups(tuple(cu_seqlens.tolist()), call_cost):
+            pack_index, padded_index = pack_index.to(query.device), padded_index.to(query.device)
+
+            def pad(x: Tensor, rows=rows, length=length, source=pack_index, target=padded_index) -> Tensor:
+                padded = x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, target, x.index_select(0, source))
+                return padded.view(rows, length, *x.shape[1:]).transpose(1, 2)
+
+            padded_out = self._causal(pad(query), pad(key), pad(value)).transpose(1, 2).flatten(0, 1)
+            out = out.index_copy(0, pack_index, padded_out.index_select(0, padded_index))
+        return out.flatten(1)
+
+
+@functools.lru_cache(maxsize=64)  # every layer of a micro-batch asks the same
+def padded_groups(cu_seqlens: tuple[int, ...], call_cost: float) -> list[tuple[int, int, Tensor, Tensor]]:
+    """Group packed sequences by length, each group to be padded to its longest and attended in one call.
+
+    Causality makes a mask unnecessary, as padding comes last. Sequences join a group, longest first, until the pairs of
+    positions that padding wastes outweigh another call.
+
+    Args:
+        cu_seqlens: boundaries of the sequences in the pack.
+        call_cost: what one more call costs, in pairs of positions.
+
+    Returns:
+        For each group: sequences, padded length, and two int64 index tensors of equal length that say where each token
+        lies in the pack and in the padded batch (flattened).
+    """
+    spans = zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
+    groups: list[list[tuple[int, int]]] = []
+    longest, wasted = 0, math.inf
+    for length, start, end in sorted(((end - start, start, end) for start, end in spans if end > start), reverse=True):
+        wasted += longest**2 - length**2
+        if wasted > call_cost:
+            groups.append([])
+            longest, wasted = length, 0
+        groups[-1].append((start, end))
+    result = []
+    for group in groups:
+        longest = group[0][1] - group[0][0]
+        pack_index = torch.cat([torch.arange(start, end) for start, end in group])
+        padded_index = torch.cat([torch.arange(end - start) + i * longest for i, (start, end) in enumerate(group)])
+        result.append((len(group), longest, pack_index, padded_index))
+    return result
+
+
+class CachedSelfAttention(SelfAttention):
+    """Megatron's self-attention, whose generation hook applies RoPE before it stores keys.
+
+    Megatron's own static cache stores raw keys and rotates all of them again in every step.
+    """
+
+    def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
+        if not isinstance(inference_context, KVCache):
+            return super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+            )
+        query, key = inference_context.rotate(query), inference_context.rotate(key)
+        key, value = inference_context.append(self.layer_number, key, value)
+        return query, key, value, None, self.attn_mask_type, None
+
+
+class TorchRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that works with sequence parallelism, which Megatron's wrapper of torch's norms refuses.
+
+    The attribute on the weight makes Megatron sum its gradient over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

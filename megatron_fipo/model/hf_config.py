@@ -1,0 +1,132 @@
+"""A Hugging Face model folder as Megatron arguments."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from megatron_fipo.errors import UserError
+
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_INDEX = "model.safetensors.index.json"
+
+
+def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        UserError: no such folder or file, no JSON, or an architecture that we do not support.
+    """
+    path = Path(hf_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: --hf-model wants a Hugging Face model folder with a config.json.")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): download the model again.") from error
+    model_type = config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"{path} has model_type {model_type!r}, which is not supported: use one of "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    return config
+
+
+def weight_files(hf_dir: str | Path) -> list[Path]:
+    """The folder's safetensors files, in the order of their names.
+
+    Raises:
+        UserError: there are none, the index names a file that is missing, or a file is truncated.
+    """
+    folder = Path(hf_dir)
+    index = folder / _INDEX
+    if index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = [folder / "model.safetensors"]
+        if not files[0].is_file():
+            raise UserError(f"{folder} has neither model.safetensors nor {_INDEX}: download the model's weights.")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{index} names {', '.join(missing)}, which the folder lacks: download the missing files.")
+    for file in files:
+        try:
+            safe_open(file, framework="pt").keys()
+        except SafetensorError as error:
+            raise UserError(f"{file} is no complete safetensors file ({error}): download it again.") from error
+    return files
+
+
+def megatron_arguments(hf_dir: str | Path) -> dict[str, Any]:
+    """Megatron's arguments (name -> value, as in its parsed namespace) for the model in `hf_dir`.
+
+    Checks the whole folder, so that an incomplete download fails here and not after the start-up.
+
+    Raises:
+        UserError: the folder is incomplete, or the model uses something that we do not support.
+    """
+    config = read_hf_config(hf_dir)
+    weight_files(hf_dir)
+    if not any((Path(hf_dir) / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{hf_dir} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)}): download the model's tokenizer files."
+        )
+    path = Path(hf_dir) / "config.json"
+    _refuse_unsupported(config, path)
+    try:
+        heads = config["num_attention_heads"]
+        groups = config.get("num_key_value_heads") or heads
+        arguments = {
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "ffn_hidden_size": config["intermediate_size"],
+            "num_attention_heads": heads,
+            "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+            "layernorm_epsilon": config["rms_norm_eps"],
+            "max_position_embeddings": config["max_position_embeddings"],
+            "vocab_size": config["vocab_size"],
+        }
+    except KeyError as error:
+        raise UserError(f"{path} lacks the key {error}: download the model's config.json again.") from error
+    return arguments | {
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "add_qkv_bias": config["model_type"] == "qwen2",
+        "qk_layernorm": config["model_type"] == "qwen3",
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "rotary_base": _rope(config)["rope_theta"],
+        "rotary_percent": 1.0,
+        "init_method_std": config.get("initializer_range", 0.02),
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
+    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
+    rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope | {"rope_type": rope.get("type", rope["rope_type"])}
+
+
+def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
+    rope_type = _rope(config)["rope_type"]
+    layer_types = set(config.get("layer_types") or ["full_attention"])
+    unsupported = {
+        f"rope type {rope_type!r}": rope_type != "default",
+        "sliding-window attention": config.get("use_sliding_window", False) or layer_types != {"full_attention"},
+        f"activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
+        "attention_bias true": config["model_type"] == "qwen3" and config.get("attention_bias", False),
+        "attention_dropout": config.get("attention_dropout", 0.0) != 0.0,
+    }
+    for feature, present in unsupported.items():
+        if present:
+            raise UserError(f"{path} asks for {feature}, which is not supported: use a model without it.")

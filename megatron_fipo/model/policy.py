@@ -1,0 +1,117 @@
+"""The policy being trained: Megatron's model, optimizer and schedule, and the two things the RL loop asks of them."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_fipo.data.packing import PackedBatch
+from megatron_fipo.loss import FipoConfig, LossStatistics, fipo_loss
+from megatron_fipo.model.logprob import packed_log_probs
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Model chunks (one per virtual pipeline stage), optimizer, schedule; ``vocab_size`` without padding rows."""
+
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    vocab_size: int
+    temperature: float
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        config = get_model_config(self.chunks[0])
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def add_old_log_probs(self, updates: Sequence[Sequence[PackedBatch]]) -> tuple[list[list[PackedBatch]], Tensor]:
+        """Forward passes under the present weights: the batches with ``old_logp_T``, and the sum of entropies.
+
+        The packs are those of the updates, so the first update of a rollout sees ratios of exactly 1. The second value
+        is the fp64 sum, over this replica's response tokens, of the entropy in nats.
+        """
+
+        def forward(batches: Any, model: Any) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            logp_T, entropy_T = packed_log_probs(
+                model, batch, temperature=self.temperature, vocab_size=self.vocab_size, with_entropy=True
+            )
+
+            def keep(logp_T: Tensor) -> tuple[Tensor, Tensor, Any]:
+                entropy = torch.where(batch.response_mask_T, entropy_T, 0).double().sum()
+                return logp_T.sum(), _count(0), (batch.with_old_logp(logp_T), entropy)
+
+            return logp_T, keep
+
+        results = [self._run(forward, micro_batches, forward_only=True) for micro_batches in updates]
+        entropies = [entropy for update in results for _, entropy in update]
+        return [[batch for batch, _ in update] for update in results], torch.stack(entropies).sum()
+
+    def update(self, micro_batches: Sequence[PackedBatch], loss_config: FipoConfig) -> tuple[LossStatistics, float]:
+        """One optimizer update on this replica's share of a mini-batch.
+
+        Back-propagates loss sums; Megatron divides once by the denominator over all micro-batches and replicas
+        (``--calculate-per-token-loss``), which the sequence filter makes known only after the last forward pass.
+        Returns this replica's loss statistics and the global gradient norm before clipping.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def forward(batches: Any, model: Any) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            logp_T = packed_log_probs(model, batch, temperature=self.temperature, vocab_size=self.vocab_size)
+
+            def loss(logp_T: Tensor) -> tuple[Tensor, Tensor, Any]:
+                out = fipo_loss(
+                    logp_T,
+                    batch.old_logp_T,
+                    batch.advantage_S,
+                    batch.response_mask_T,
+                    batch.cu_seqlens_S1,
+                    loss_config,
+                    group_ids_S=batch.group_ids_S,
+                    loss_scale_S=batch.loss_scale_S,
+                )
+                # With scales the sum over the mini-batch is the loss itself: nothing is left to divide by.
+                denominator = out.denominator if batch.loss_scale_S is None else _count(0)
+                return out.loss_sum, denominator.int(), out.statistics
+
+            return logp_T, loss
+
+        statistics = self._run(forward, micro_batches, forward_only=False)
+        _, grad_norm, _ = self.optimizer.step()
+        return functools.reduce(LossStatistics.merge, statistics), float(grad_norm)
+
+    def advance_schedule(self, increment: int) -> float:
+        """Move the learning-rate schedule by one rollout (``increment`` Megatron samples); returns the rate."""
+        self.scheduler.step(increment=increment)
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _run(self, forward: Any, micro_batches: Sequence[PackedBatch], *, forward_only: bool) -> list[Any]:
+        for chunk in self.chunks:
+            chunk.train()
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=self.max_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _count(tokens: int) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.int)

@@ -1,0 +1,74 @@
+"""The numbers of one training step, exact over replicas and micro-batches."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.data.packing import PackedBatch
+from megatron_fipo.loss import FipoConfig
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.rollout import Rollout
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Reward, accuracy and lengths over every generated sample, kept or not."""
+    generated = rollout.generated
+    lengths = generated.response_tokens
+    low, median, high = torch.quantile(lengths, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return {
+        "reward/mean": generated.reward.mean().item(),
+        "reward/accuracy": generated.correct.mean().item(),
+        "reward/errors": generated.verifier_failed.sum().item(),
+        "response/length_mean": lengths.mean().item(),
+        "response/length_min": lengths.min().item(),
+        "response/length_q25": low,
+        "response/length_median": median,
+        "response/length_q75": high,
+        "response/length_max": lengths.max().item(),
+        "response/truncated_fraction": generated.truncated.mean().item(),
+        "rollout/generated_samples": len(lengths),
+        "rollout/sampled_batches": rollout.batches,
+        "rollout/kept_groups": len(rollout.kept),
+        "rollout/dropped_groups": len(rollout.table) - len(rollout.kept),
+    }
+
+
+def policy_metrics(
+    micro_batches: Sequence[PackedBatch], entropy_sum: Tensor, loss: FipoConfig, replicas: Replicas
+) -> dict[str, float]:
+    """Entropy, and the gap between the log-probs of engine and trainer, over all response tokens of the step.
+
+    ``mismatch/kl`` is the k3 estimate of KL(engine || trainer). ``fipo/noise_gain`` is what the scan makes of
+    independent noise on each log-prob; ``fipo/noise_budget`` the noise per token that would reach the clip edge.
+    """
+    gaps = [(b.old_logp_T - b.rollout_logp_T)[b.response_mask_T].double() for b in micro_batches]
+    gap = torch.cat(gaps)
+    sums = torch.stack([entropy_sum, (gap.exp() - 1 - gap).sum(), gap.square().sum(), gap.new_tensor(gap.numel())])
+    entropy, kl, square, tokens = replicas.all_reduce(sums).tolist()
+    worst = replicas.all_reduce(gap.abs().max() if gap.numel() else gap.new_zeros(()), torch.distributed.ReduceOp.MAX)
+    gain = 1 / math.sqrt(1 - 2 ** (-2 / loss.half_life))
+    return {
+        "actor/entropy": entropy / tokens,
+        "mismatch/kl": kl / tokens,
+        "mismatch/rms": math.sqrt(square / tokens),
+        "mismatch/max": worst.item(),
+        "fipo/noise_gain": gain,
+        "fipo/noise_budget": math.log(loss.weight_high) / gain,
+    }
+
+
+def mean_over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """A step's value of each per-update metric."""
+    return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
+
+
+def throughput(rollout: Rollout, times: dict[str, float]) -> dict[str, Any]:
+    """Tokens per second of the whole step, over all replicas."""
+    generated, seconds = rollout.generated, times["time/step"]
+    return {
+        "perf/response_tokens_per_second": generated.response_tokens.sum().item() / seconds,
+        "perf/total_tokens_per_second": generated.tokens.sum().item() / seconds,
+    }

@@ -1,0 +1,1 @@
+"""Process groups, the exchange of samples between replicas, and exact reductions."""

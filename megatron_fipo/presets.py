@@ -1,0 +1,87 @@
+"""Named sets of defaults; an explicit flag always wins.
+
+Values of the paper (arXiv 2603.19835, Sec. 5 and Table 3) and of its released scripts; ``dapo`` is the paper's baseline.
+Keys are argument names, Megatron's own where Megatron has the flag.
+"""
+
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "loss": "fipo",
+    "fipo_semantics": "official",
+    "fipo_half_life": 32.0,
+    "fipo_dual_clip": 10.0,
+    "grpo_clamp_eps_lower": 0.2,
+    "grpo_clamp_eps_upper": 0.28,
+    "grpo_iterations": 1,
+    "grpo_kl_beta": 0.0,
+    "grpo_entropy_term_weight": 0.0,
+    "grpo_prompts_per_step": 512,
+    "max_prompt_tokens": 2048,
+    "rollout_temperature": 1.0,
+    "rollout_max_batches": 10,
+    "eval_top_p": 0.7,
+    "reward_overlong_penalty": 1.0,
+    "lr": 1e-6,
+    "min_lr": 1e-6,
+    "lr_decay_style": "constant",
+    "lr_warmup_iters": 10,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "num_steps": 500,
+    "eval_interval": 10,
+}
+
+_FIPO_32B: dict[str, Any] = {
+    **_COMMON,
+    "fipo_weight_low": 1.0,
+    "fipo_weight_high": 1.2,
+    "fipo_safety_threshold": 10.0,
+    "grpo_group_size": 16,
+    "global_batch_size": 64 * 16,
+    "rollout_max_tokens": 20480,
+    "reward_overlong_buffer": 4096,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fipo-32b": _FIPO_32B,
+    "fipo-7b": {
+        **_FIPO_32B,
+        "fipo_weight_low": 0.8,
+        "fipo_safety_threshold": 3.0,
+        "grpo_group_size": 32,
+        "global_batch_size": 64 * 32,
+        "rollout_max_tokens": 10240,
+        "reward_overlong_buffer": 2048,
+    },
+    "dapo": {
+        **_FIPO_32B,
+        "loss": "dapo",
+        "fipo_weight_low": 1.0,
+        "fipo_weight_high": 1.0,
+        "global_batch_size": 32 * 16,
+    },
+    "quickstart": {
+        **_FIPO_32B,
+        "run_name": "quickstart",
+        "grpo_prompts_per_step": 32,
+        "grpo_group_size": 8,
+        "global_batch_size": 64,
+        "max_prompt_tokens": 32,
+        "rollout_max_tokens": 56,
+        "reward_overlong_buffer": 0,
+        "max_tokens_per_microbatch": 4096,
+        "eval_top_p": 1.0,
+        "lr": 2e-4,
+        "min_lr": 2e-4,
+        "lr_warmup_iters": 5,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.99,
+        "num_steps": 25,
+        "eval_interval": 5,
+    },
+}
+
+DEFAULT_PRESET = "fipo-32b"

@@ -1,0 +1,114 @@
+"""What a run leaves behind: lines on the console, metrics and samples on disk, summary and report at its end.
+
+Only the first rank records (``writer`` is None on the others), but every rank takes part in the reductions.
+"""
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_fipo.data.packing import PackedBatch
+from megatron_fipo.evaluation.accuracy import Evaluation
+from megatron_fipo.loss import FipoConfig, LossStatistics
+from megatron_fipo.observe.console import Console
+from megatron_fipo.observe.run_data import headline, load_run
+from megatron_fipo.observe.run_folder import RunFolder
+from megatron_fipo.observe.step_metrics import mean_over_updates, policy_metrics, rollout_metrics, throughput
+from megatron_fipo.observe.timers import PhaseTimer
+from megatron_fipo.observe.writers import MetricWriter
+from megatron_fipo.parallel.reduce import reduce_statistics
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.report import write_report
+from megatron_fipo.rollout.rollout import Rollout
+
+
+class Recorder:
+    """Collects a step's numbers and writes them."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        writer: MetricWriter | None,
+        console: Console,
+        timer: PhaseTimer,
+        replicas: Replicas,
+        loss: FipoConfig,
+    ):
+        self._folder, self._writer, self._console = folder, writer, console
+        self._timer, self._replicas, self._loss = timer, replicas, loss
+
+    def before(self, evaluation: Evaluation) -> None:
+        """The evaluation before the first step; what was timed until now belongs to no step."""
+        self._timer.take()
+        if self._writer and evaluation.metrics:
+            self._writer.write({"step": 0, "time": time.time(), **evaluation.metrics})
+            self._writer.write_samples({"step": 0, "when": "before", **record} for record in evaluation.examples)
+            self._show(evaluation)
+
+    def step(
+        self,
+        step: int,
+        rollout: Rollout,
+        updates: Sequence[Sequence[PackedBatch]],
+        entropy_sum: Tensor,
+        results: Sequence[tuple[LossStatistics, float]],
+        learning_rate: float,
+        evaluation: Evaluation | None,
+    ) -> None:
+        """One finished step; collective over the replicas."""
+        statistics = reduce_statistics([statistics for statistics, _ in results], self._replicas)
+        per_update = [
+            {**merged.metrics(), "actor/grad_norm": norm} for merged, (_, norm) in zip(statistics, results, strict=True)
+        ]
+        micro_batches = [batch for update in updates for batch in update]
+        policy = policy_metrics(micro_batches, entropy_sum, self._loss, self._replicas)
+        if self._writer is None:
+            return
+        times = self._timer.take()
+        metrics = {
+            "step": step,
+            "time": time.time(),
+            **rollout_metrics(rollout),
+            **policy,
+            **mean_over_updates(per_update),
+            "actor/lr": learning_rate,
+            **throughput(rollout, times),
+            **times,
+            **(evaluation.metrics if evaluation else {}),
+            "updates": per_update,
+        }
+        self._writer.write(metrics)
+        self._console.step(metrics)
+        if evaluation:
+            self._show(evaluation)
+
+    def finish(self, step: int, seed: int, evaluation: Evaluation | None) -> None:
+        """Summary, report, and the last words on the console."""
+        if self._writer is None:
+            return
+        examples = evaluation.examples if evaluation else ()
+        self._writer.write_samples({"step": step, "when": "after", **record} for record in examples)
+        self._writer.close()
+        run = load_run(self._folder.path)
+        numbers = headline(run)
+        accuracies = {
+            key: numbers[key] and numbers[key]["value"]
+            for key in ("accuracy_before", "accuracy_after", "greedy_before", "greedy_after")
+        }
+        summary = {
+            **accuracies,
+            "active_fraction_mean": numbers["active_fraction_mean"],
+            "train_seconds": sum(run.values("time/step")) - sum(run.values("time/eval")),
+            "steps": numbers["steps"],
+            "seed": seed,
+            "status": "finished",
+            "versions": run.environment,
+        }
+        self._folder.write_summary(summary)
+        report = write_report([load_run(self._folder.path)], self._folder.report)
+        self._console.finish(summary, run.samples, report)
+
+    def _show(self, evaluation: Evaluation) -> None:
+        for name in dict.fromkeys(key.split("/")[1] for key in evaluation.metrics):
+            self._console.evaluation(name, evaluation.metrics)

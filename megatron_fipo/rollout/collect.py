@@ -1,0 +1,141 @@
+"""Dynamic sampling (DAPO): generate groups until enough of them hold right and wrong answers.
+
+Each replica generates and keeps its own share; only one small row per sample crosses replicas, and from these rows
+every rank draws the same conclusions: which groups are kept, when to stop, what the step's statistics are.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_fipo.data.prompts import Prompt, PromptStream
+from megatron_fipo.data.samples import Sample
+from megatron_fipo.errors import UserError
+from megatron_fipo.loss.advantage import overlong_penalty
+from megatron_fipo.parallel.exchange import gather_rows
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.engine import Completion, RolloutEngine, SamplingParams
+from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout, has_contrast
+from megatron_fipo.rollout.seeds import completion_seed
+
+Verify = Callable[[Prompt, Sequence[int]], tuple[bool, bool]]
+"""(prompt, response tokens) -> (correct, the verifier failed)."""
+
+_OVERSAMPLING = 3.0
+"""A batch never exceeds this many times the groups that are still missing (DAPO's gen_batch_size / train_batch_size)."""
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """What a step's rollout consists of."""
+
+    prompts_per_step: int
+    group_size: int
+    sampling: SamplingParams
+    seed: int
+    dynamic_sampling: bool
+    max_batches: int
+    overlong_buffer: int
+    overlong_penalty: float
+
+
+def collect(
+    engine: RolloutEngine,
+    stream: PromptStream,
+    verify: Verify,
+    settings: CollectSettings,
+    replicas: Replicas,
+    *,
+    version: int,
+    contrast_rate: float,
+    on_finished: Callable[[int], None],
+) -> Rollout:
+    """Generate until ``settings.prompts_per_step`` groups are kept.
+
+    ``version`` labels the weights that generate. ``contrast_rate`` is the share of groups expected to be kept (the last
+    step's); it sizes the first batch so that one is usually enough. Raises UserError when ``settings.max_batches``
+    batches do not bring enough contrast.
+    """
+    needed = settings.prompts_per_step
+    own: dict[int, list[Sample]] = {}
+    tables: list[Tensor] = []
+    kept: list[int] = []
+    first_visit = stream.cursor
+    for batch in range(1, settings.max_batches + 1):
+        expected = max(contrast_rate, 1 / _OVERSAMPLING) if settings.dynamic_sampling else 1.0
+        share = math.ceil((needed - len(kept)) / expected / replicas.size)
+        mine = stream.take(share * replicas.size)[replicas.rank :: replicas.size]
+        groups = _generate(engine, mine, verify, settings, version, on_finished)
+        own.update((visit, [sample for sample, _ in group]) for (visit, _), group in zip(mine, groups, strict=True))
+        rows = [[GeneratedSamples.row(sample, failed) for sample, failed in group] for group in groups]
+        shares = gather_rows(torch.tensor(rows, dtype=torch.float64, device=replicas.device), replicas.group).cpu()
+        # Replica r generated every size-th prompt from r on: interleave the shares to restore the order of the prompts.
+        tables.append(shares.unflatten(0, (replicas.size, share)).transpose(0, 1).flatten(0, 1))
+
+        table = torch.cat(tables)
+        contrast = has_contrast(table)
+        kept = (contrast.nonzero()[:, 0] if settings.dynamic_sampling else torch.arange(len(table))).tolist()[:needed]
+        contrast_rate = contrast.double().mean().item()
+        if len(kept) == needed:
+            return Rollout.of(table, kept, first_visit, own, batch)
+    accuracy = GeneratedSamples.of(table).correct.mean().item()
+    raise UserError(
+        f"only {len(kept)} of {needed} groups hold both right and wrong answers after {batch} generation batches "
+        f"(accuracy {accuracy:.3f}); use prompts nearer to the model's level, raise --rollout-max-batches, or lower "
+        f"--grpo-prompts-per-step"
+    )
+
+
+def _generate(
+    engine: RolloutEngine,
+    visits: list[tuple[int, Prompt]],
+    verify: Verify,
+    settings: CollectSettings,
+    version: int,
+    on_finished: Callable[[int], None],
+) -> list[list[tuple[Sample, bool]]]:
+    """One group of (sample, verifier failed) for each (visit, prompt)."""
+    requests = [(visit, prompt, i) for visit, prompt in visits for i in range(settings.group_size)]
+    completions = engine.generate(
+        [prompt.tokens for _, prompt, _ in requests],
+        [completion_seed(settings.seed, "train", visit, i) for visit, _, i in requests],
+        settings.sampling,
+        on_finished,
+    )
+    penalties = _overlong_penalties(completions, settings)
+    scored = [
+        _scored(visit, prompt, completion, verify, penalty, version)
+        for (visit, prompt, _), completion, penalty in zip(requests, completions, penalties, strict=True)
+    ]
+    return [scored[k : k + settings.group_size] for k in range(0, len(scored), settings.group_size)]
+
+
+def _overlong_penalties(completions: Sequence[Completion], settings: CollectSettings) -> list[float]:
+    if not settings.overlong_buffer:
+        return [0.0] * len(completions)
+    lengths = torch.tensor([len(c.tokens) for c in completions])
+    limit = settings.sampling.max_tokens
+    return overlong_penalty(lengths, limit, settings.overlong_buffer, settings.overlong_penalty).tolist()
+
+
+def _scored(
+    visit: int, prompt: Prompt, completion: Completion, verify: Verify, penalty: float, version: int
+) -> tuple[Sample, bool]:
+    correct, failed = verify(prompt, completion.tokens)
+    n_prompt, n_response = len(prompt.tokens), len(completion.tokens)
+    sample = Sample(
+        prompt_id=prompt.id,
+        group_id=visit,
+        tokens=np.array(prompt.tokens + completion.tokens, dtype=np.int32),
+        response_mask=np.arange(n_prompt + n_response) >= n_prompt,
+        rollout_logp=np.concatenate([np.zeros(n_prompt, np.float32), np.array(completion.logp, np.float32)]),
+        finish_reason=completion.finish_reason,
+        weight_versions=((version, 0, n_response),),
+        reward=(1.0 if correct else -1.0) + penalty,
+        correct=correct,
+    )
+    return sample, failed

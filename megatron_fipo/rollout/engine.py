@@ -1,0 +1,69 @@
+"""The interface that every rollout engine implements."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+ProgressCallback = Callable[[int], None]
+"""Called with the number of completions that have just finished."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    ``temperature`` 0 is greedy. Log-probs are taken from logits / temperature (greedy: from the logits), before top-p.
+    A stop token ends a completion and is part of it.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated response.
+
+    ``tokens`` [n] response token ids, ``logp`` [n] their fp32 log-probs under the weights that drew them,
+    ``finish_reason`` "stop" (the last token is a stop token) or "length".
+    """
+
+    tokens: tuple[int, ...]
+    logp: tuple[float, ...]
+    finish_reason: str
+
+
+class RolloutEngine(Protocol):
+    """Generates completions with the policy's current weights.
+
+    A completion depends on the weights, its prompt and its seed only, never on the rows that share its batch
+    (up to floating-point rounding), so the same seeds give the same rollout on any number of replicas.
+    """
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: SamplingParams,
+        on_finished: ProgressCallback | None = None,
+    ) -> list[Completion]:
+        """Return one completion for each (prompt, seed), in order. Seeds are 63-bit integers."""
+        ...
+
+    def update_weights(self, version: int) -> None:
+        """Make the trainer's current weights the ones that generate; ``version`` labels them."""
+        ...
+
+    def sleep(self) -> None:
+        """Give back what generation alone needs (the KV cache) before the update phase."""
+        ...
+
+    def wake(self) -> None:
+        """Undo :meth:`sleep`."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine and everything that it started."""
+        ...

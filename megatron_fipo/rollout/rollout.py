@@ -1,0 +1,109 @@
+"""The samples of one step: those that are trained on, and the numbers of all that were generated."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.data.samples import Sample
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedSamples:
+    """Every sample of a step over all replicas, in the order of its prompts. Columns are fp64 [generated].
+
+    ``tokens`` counts prompt and response; ``correct``, ``truncated``, ``verifier_failed`` are 0 or 1.
+    """
+
+    tokens: Tensor
+    response_tokens: Tensor
+    reward: Tensor
+    correct: Tensor
+    truncated: Tensor
+    verifier_failed: Tensor
+
+    @staticmethod
+    def row(sample: Sample, verifier_failed: bool) -> list[float]:
+        """One sample's numbers, in the order of the columns."""
+        response_tokens = int(sample.response_mask.sum())
+        truncated = sample.finish_reason == "length"
+        return [len(sample.tokens), response_tokens, sample.reward, sample.correct, truncated, verifier_failed]
+
+    @classmethod
+    def of(cls, table: Tensor) -> "GeneratedSamples":
+        """From rows, fp64 [..., 6]."""
+        return cls(*table.flatten(0, -2).unbind(-1))
+
+
+CORRECT_COLUMN = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """What a step trains on. Its S samples are numbered in the order of their prompts, groups contiguous.
+
+    held               this replica's samples, by number
+    packed_length_S    int64, positions that each sample takes in a pack
+    response_tokens_S  int64
+    reward_S           fp32
+    group_ids_S        int64
+    table              fp64 [generated groups, group size, 6], every generated sample; ``kept`` are the groups trained on
+    first_visit        the visit number of the table's first group
+    batches            generation batches that it took
+    """
+
+    held: dict[int, Sample]
+    packed_length_S: Tensor
+    response_tokens_S: Tensor
+    reward_S: Tensor
+    group_ids_S: Tensor
+    table: Tensor
+    kept: tuple[int, ...]
+    first_visit: int
+    batches: int
+
+    @classmethod
+    def of(
+        cls,
+        table: Tensor,
+        kept: Sequence[int],
+        first_visit: int,
+        groups: Mapping[int, Sequence[Sample]],
+        batches: int,
+    ) -> "Rollout":
+        """Number the samples of the ``kept`` groups; ``groups`` are this replica's, by visit."""
+        size = table.shape[1]
+        index = torch.tensor(kept)
+        samples = GeneratedSamples.of(table[index])
+        return cls(
+            held={
+                position * size + i: sample
+                for position, group in enumerate(kept)
+                for i, sample in enumerate(groups.get(first_visit + group, ()))
+            },
+            packed_length_S=samples.tokens.long() - 1,
+            response_tokens_S=samples.response_tokens.long(),
+            reward_S=samples.reward.float(),
+            group_ids_S=(index + first_visit).repeat_interleave(size),
+            table=table,
+            kept=tuple(kept),
+            first_visit=first_visit,
+            batches=batches,
+        )
+
+    @property
+    def generated(self) -> GeneratedSamples:
+        """Every sample that was generated, kept or not."""
+        return GeneratedSamples.of(self.table)
+
+    @property
+    def contrast_rate(self) -> float:
+        """Share of the generated groups that hold right and wrong answers."""
+        return has_contrast(self.table).double().mean().item()
+
+
+def has_contrast(table: Tensor) -> Tensor:
+    """bool [groups]: the group holds right and wrong answers (correctness, not reward, as DAPO's dynamic sampling)."""
+    right = table[..., CORRECT_COLUMN].sum(1)
+    return (right > 0) & (right < table.shape[1])

@@ -1,0 +1,129 @@
+"""Trains a reasoning model with FIPO.
+
+    torchrun --nproc-per-node 8 -m megatron_fipo.train --preset fipo-32b --hf-model DIR --prompt-data FILE
+
+One step: generate groups until enough of them have contrast, turn rewards into advantages, plan who trains on what,
+recompute log-probs, update several times, publish the weights.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megatron_fipo import compat
+from megatron_fipo.arguments import batch_arithmetic, parse_arguments
+from megatron_fipo.checkpoint import state as checkpoint
+from megatron_fipo.checkpoint.hf import save_hf
+from megatron_fipo.data.batches import make_micro_batches
+from megatron_fipo.data.planning import plan_step
+from megatron_fipo.errors import UserError
+from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
+from megatron_fipo.loss import group_advantage
+from megatron_fipo.rollout.collect import collect
+from megatron_fipo.rollout.replay import read_rollout, write_rollout
+from megatron_fipo.rollout.rollout import Rollout
+from megatron_fipo.session import Session, open_session, read_inputs
+
+
+def train(run: Session, args: argparse.Namespace) -> None:
+    """The algorithm."""
+    state, evaluation = run.state, None
+    if state.step == 0:
+        run.recorder.before(evaluate(run))
+    for step in range(state.step + 1, args.num_steps + 1):
+        with run.timer("rollout"):
+            rollout = next_rollout(run, args, step, state.contrast_rate)
+        advantage_S = group_advantage(rollout.reward_S, rollout.group_ids_S)
+        plan = plan_step(
+            rollout.packed_length_S.tolist(), args.global_batch_size, run.replicas.size, args.max_tokens_per_microbatch
+        )
+        updates = make_micro_batches(plan, rollout, advantage_S, run.loss, run.replicas)
+
+        learning_rate = run.policy.advance_schedule(args.global_batch_size)
+        with run.timer("old_logp"):
+            updates, entropy_sum = run.policy.add_old_log_probs(updates)
+        with run.timer("update"), run.console.progress("update", len(updates) * args.grpo_iterations) as progress:
+            results = []
+            for micro_batches in updates * args.grpo_iterations:
+                results.append(run.policy.update(micro_batches, run.loss))
+                progress.advance()
+        run.engine.update_weights(step)
+
+        due = step % args.eval_interval == 0 or step == args.num_steps
+        evaluation = evaluate(run) if due else None
+        run.recorder.step(step, rollout, updates, entropy_sum, results, learning_rate, evaluation)
+        state = checkpoint.LoopState(step, run.stream.cursor, rollout.contrast_rate)
+        if args.save_interval and (step % args.save_interval == 0 or step == args.num_steps):
+            policy = run.policy
+            checkpoint.save(args.save, state, policy.chunks, policy.optimizer, policy.scheduler, args.keep_last)
+    if args.save_hf:
+        save_hf(run.policy.chunks, args.hf_model, args.save_hf)
+    run.recorder.finish(state.step, args.seed, evaluation)
+
+
+def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rate: float) -> Rollout:
+    """Generate a step's samples, or read those that ``--rollout-only`` wrote."""
+    if args.train_from_rollouts:
+        return read_rollout(args.train_from_rollouts, step, run.replicas)
+    with run.console.progress("rollout", args.grpo_prompts_per_step * args.grpo_group_size) as progress:
+        return collect(
+            run.engine,
+            run.stream,
+            run.answers.verify,
+            run.collect,
+            run.replicas,
+            version=step - 1,
+            contrast_rate=contrast_rate,
+            on_finished=lambda n: progress.advance(n * run.replicas.size),
+        )
+
+
+def write_rollouts(run: Session, args: argparse.Namespace) -> None:
+    """Generate every step's samples with the weights as they are."""
+    contrast_rate = run.state.contrast_rate
+    for step in range(run.state.step + 1, args.num_steps + 1):
+        rollout = next_rollout(run, args, step, contrast_rate)
+        write_rollout(args.rollout_only, step, rollout, run.replicas)
+        contrast_rate = rollout.contrast_rate
+
+
+def evaluate(run: Session) -> Evaluation:
+    """Accuracy on the held-out sets."""
+    with run.timer("eval"):
+        return evaluate_sets(
+            run.engine, run.eval_sets, run.eval_sampling, run.answers, run.replicas, run.collect.seed, run.console
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code: 0, or 2 for a mistake that the user can mend, told in one line on stderr."""
+    compat.install()
+    try:
+        args = parse_arguments(argv)
+        if args.dry_run and not args.hf_model:
+            print(json.dumps(batch_arithmetic(args), indent=2))
+            return 0
+        inputs = read_inputs(args)
+        if args.dry_run:
+            print(json.dumps(batch_arithmetic(args) | {"prompts": len(inputs.prompts)}, indent=2))
+            return 0
+        run = open_session(args, inputs)
+        if args.rollout_only:
+            write_rollouts(run, args)
+        else:
+            train(run, args)
+        run.engine.close()
+        dist.destroy_process_group()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake
+            print(f"megatron_fipo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

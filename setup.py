@@ -1,0 +1,48 @@
+"""Builds the two extensions; everything else stands in pyproject.toml.
+
+    pip install -e . --no-build-isolation --no-deps
+
+`megatron_fipo._ops`   tensor operators on LibTorch's stable ABI: no Python, no ATen; loads on every torch from 2.10 on
+`megatron_fipo._host`  pybind11 module for host code: build information and CPU capability; no torch
+"""
+
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+CSRC = str(Path(__file__).parent / "csrc")  # ninja compiles in the build folder: includes need the full path
+TORCH_TARGET = (2, 10)
+# The last two let the compiler turn selections into vector blends; results stay IEEE (no -ffast-math).
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+
+operators = CppExtension(
+    "megatron_fipo._ops",
+    [
+        "csrc/bindings/ops.cpp",
+        "csrc/cpu/packed.cpp",
+        "csrc/cpu/dispatch.cpp",
+        "csrc/cpu/capability.cpp",
+        "csrc/cpu/kernels_portable.cpp",
+    ],
+    include_dirs=[CSRC],
+    define_macros=[("TORCH_TARGET_VERSION", f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000")],
+    extra_compile_args=FLAGS,
+    depends=["csrc/core/fipo.h", "csrc/cpu/kernels.h", "csrc/cpu/kernels.inc", "csrc/cpu/packed.h"],
+    py_limited_api=True,
+)
+
+host = Extension(
+    "megatron_fipo._host",
+    ["csrc/bindings/host.cpp", "csrc/cpu/capability.cpp"],
+    include_dirs=[CSRC, pybind11.get_include()],
+    define_macros=[
+        ("MEGATRON_FIPO_FLAGS", '"' + " ".join(FLAGS) + '"'),
+        ("MEGATRON_FIPO_TORCH_TARGET", '"{}.{}"'.format(*TORCH_TARGET)),
+    ],
+    extra_compile_args=FLAGS,
+    language="c++",
+)
+
+setup(ext_modules=[operators, host], cmdclass={"build_ext": BuildExtension})

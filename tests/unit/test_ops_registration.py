@@ -1,0 +1,156 @@
+"""The operators as torch sees them: schema, fake kernels, autograd, torch.compile; and the library's loading."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_fipo import _host
+from megatron_fipo.loss import FipoConfig, fipo_loss
+from megatron_fipo.ops import library, packed
+
+operators = library.operators
+SETTINGS = (2 ** (-1 / 32), 0.8, 1.2, 4.0, 3.0, 0.2, 0.28)
+
+
+def make_batch(lengths, padding=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths) + padding
+    logp = -torch.rand(tokens, generator=g)
+    old_logp = logp + 0.5 * torch.randn(tokens, generator=g)
+    mask = torch.rand(tokens, generator=g) < 0.9
+    cu = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    return logp, old_logp, torch.randn(len(lengths), generator=g), mask, cu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_carry", [True, False])
+@pytest.mark.parametrize("reverse", [True, False])
+def test_opcheck_scan(dtype, with_carry, reverse):
+    x = torch.randn(30, dtype=dtype, requires_grad=True)
+    carry = torch.randn(3, dtype=torch.float64, requires_grad=True) if with_carry else None
+    cu = torch.tensor([0, 10, 10, 28], dtype=torch.int32)
+    torch.library.opcheck(operators.discounted_scan.default, (x, cu, 0.9, reverse, carry))
+    torch.library.opcheck(
+        operators.discounted_scan_out.default,
+        (x.detach(), cu, 0.9, reverse, None if carry is None else carry.detach(), torch.empty(30, dtype=dtype)),
+    )
+
+
+@pytest.mark.parametrize("paper", [True, False])
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck_fipo_loss(paper, optional):
+    logp, old_logp, advantage, mask, cu = make_batch([5, 0, 100, 3], padding=2)
+    token_weight = torch.rand_like(logp) if optional else None
+    carry = torch.randn(4, dtype=torch.float64) if optional else None
+    if optional:
+        advantage = torch.randn_like(logp)
+    torch.library.opcheck(
+        operators.fipo_loss.default,
+        (logp.requires_grad_(), old_logp, advantage, mask, cu, token_weight, carry, optional, *SETTINGS, paper),
+    )
+
+
+def test_compile_of_the_operators_is_one_graph():
+    logp, old_logp, advantage, mask, cu = make_batch([5, 0, 1000, 3], padding=2)
+
+    def loss(logp):
+        per_sequence, counts, *_ = operators.fipo_loss(
+            logp * 1.0, old_logp, advantage, mask, cu, None, None, False, *SETTINGS, False
+        )
+        return (
+            torch.where(counts[:, 1] <= 1, per_sequence, 0.0).sum()
+            + operators.discounted_scan(logp, cu, 0.9, True, None).sum().double()
+        )
+
+    eager, compiled = logp.clone().requires_grad_(), logp.clone().requires_grad_()
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")(compiled).backward()
+    assert torch.equal(eager.grad, compiled.grad) and eager.grad.any()
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    """Long sequences too: the cut into blocks is fixed."""
+    batch = make_batch([3, 60_000, 1, 33_000, 9000, 0, 20_000])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            logp = batch[0].clone().requires_grad_()
+            out = fipo_loss(logp, *batch[1:], FipoConfig.preset("fipo-7b"))
+            out.loss.backward()
+            results.append((out.loss, out.weights_T, logp.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_long_sequences_equal_the_torch_backend():
+    batch = make_batch([40_000, 70_000, 5])
+    cfg = FipoConfig(half_life=2048.0, weight_low=0.0, weight_high=10.0, sequence_filter=False)
+    results = []
+    for backend in ("torch", "compiled"):
+        logp = batch[0].clone().requires_grad_()
+        out = fipo_loss(logp, *batch[1:], cfg, backend=backend)
+        out.loss.backward()
+        results.append((out.loss, logp.grad, out.weights_T))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 3e-5 * a.abs().max()
+
+
+def test_carry_continues_a_sequence_cut_in_two():
+    """What context parallelism needs: the second half's first F is the carry of the first half."""
+    logp, old_logp, advantage, mask, cu = make_batch([100])
+    whole = operators.fipo_loss(logp, old_logp, advantage, mask, cu, None, None, False, *SETTINGS, False)
+    halves, carry = [], None
+    for part in (slice(60, 100), slice(0, 60)):
+        length = torch.tensor([0, part.stop - part.start])
+        half = operators.fipo_loss(
+            logp[part].contiguous(), old_logp[part].contiguous(), advantage, mask[part].contiguous(), length,
+            None, carry, False, *SETTINGS, False,
+        )  # fmt: skip
+        carry = half[4][:1].double()
+        halves.append(half)
+    for index in (2, 3, 4):
+        torch.testing.assert_close(torch.cat([halves[1][index], halves[0][index]]), whole[index], rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(halves[0][0] + halves[1][0], whole[0], rtol=1e-6, atol=0)
+    assert torch.equal(halves[0][1] + halves[1][1], whole[1])
+
+
+def test_expand_to_tokens_and_sequence_of_token():
+    cu = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    assert packed.sequence_of_token(cu, 5).tolist() == [0, 0, 2, 3, 3]
+    assert packed.expand_to_tokens(torch.tensor([1.0, 2.0, 3.0]), cu, 5).tolist() == [1, 1, 3, 0, 0]
+    assert packed.sum_per_sequence(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), cu).tolist() == [3, 0, 3]
+
+
+def test_missing_library_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "_PACKAGE", tmp_path)
+    with pytest.raises(ImportError, match="run `make env`") as error:
+        library._load()
+    assert str(tmp_path) in str(error.value)
+
+
+def test_host_module_tells_what_was_built():
+    info = _host.build_info()
+    assert "-O3" in info["flags"] and info["torch_target_version"] == "2.10" and info["cuda"] is False
+    assert info["compiler"].startswith(("gcc", "clang"))
+    capability = _host.cpu_capability()
+    assert capability["selected"] in capability["built"] and "portable" in capability["built"]
+    assert capability["offered"] in ("portable", "avx2", "avx512")
+
+
+def test_unknown_cpu_capability_is_refused():
+    code = "from megatron_fipo import _host; print(_host.cpu_capability()['selected'])"
+
+    def run(value):
+        env = os.environ | {"MEGATRON_FIPO_CPU": value}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+    assert run("portable").stdout.strip() == "portable"
+    refused = run("mmx")
+    assert refused.returncode != 0 and "MEGATRON_FIPO_CPU=mmx" in refused.stderr

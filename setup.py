@@ -13,8 +13,12 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 CSRC = str(Path(__file__).parent / "csrc")  # ninja compiles in the build folder: includes need the full path
+HEADERS = [
+    "csrc/core/fipo.h",
+    *(f"csrc/cpu/{name}" for name in ("capability.h", "kernels.h", "kernels.inc", "packed.h")),
+]
 TORCH_TARGET = (2, 10)
-# The last two let the compiler turn selections into vector blends; results stay IEEE (no -ffast-math).
+# The last two let the compiler turn selections into vector blends; arithmetic stays IEEE (no -ffast-math).
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 
 operators = CppExtension(
@@ -29,7 +33,7 @@ operators = CppExtension(
     include_dirs=[CSRC],
     define_macros=[("TORCH_TARGET_VERSION", f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000")],
     extra_compile_args=FLAGS,
-    depends=["csrc/core/fipo.h", "csrc/cpu/kernels.h", "csrc/cpu/kernels.inc", "csrc/cpu/packed.h"],
+    depends=HEADERS,
     py_limited_api=True,
 )
 
@@ -42,6 +46,7 @@ host = Extension(
         ("MEGATRON_FIPO_TORCH_TARGET", '"{}.{}"'.format(*TORCH_TARGET)),
     ],
     extra_compile_args=FLAGS,
+    depends=HEADERS,
     language="c++",
 )
 

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -46,14 +47,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_flags(parser.add_argument_group("run"))
     _add_algorithm_flags(parser.add_argument_group("FIPO"))
     _add_rollout_flags(parser.add_argument_group("data, rollouts and rewards"))
-    return megatron_arguments.add_megatron_arguments(parser)
+    megatron_arguments.add_megatron_arguments(parser)
+    for action in parser._actions:  # one of Megatron's help texts has a bare "10%)", on which argparse's --help fails
+        action.help = action.help and re.sub(r"%(?![(%])", "%%", action.help)
+    return parser
 
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--preset", choices=sorted(PRESETS), default=DEFAULT_PRESET, help="a set of defaults")
     group.add_argument("--hf-model", metavar="DIR", help="Hugging Face folder: architecture, tokenizer, first weights")
     group.add_argument("--run-name", default="fipo", help="folder of the run below --runs-dir")
-    group.add_argument("--runs-dir", default="runs")
+    group.add_argument("--runs-dir", default="runs", help="where runs are written")
     group.add_argument("--num-steps", type=int, help="steps to train; a step is one rollout with all its updates")
     group.add_argument("--keep-last", type=int, default=2, metavar="N", help="checkpoints to keep")
     group.add_argument("--save-hf", metavar="DIR", help="write the trained model as a Hugging Face folder at the end")
@@ -98,8 +102,10 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--eval-top-p", type=float, help="top-p of evaluation samples (training samples use 1)")
     group.add_argument("--max-prompt-tokens", type=int, help="longer prompts are dropped and counted")
-    group.add_argument("--rollout-engine", choices=["embedded"], default="embedded")
-    group.add_argument("--rollout-temperature", type=float)
+    group.add_argument(
+        "--rollout-engine", choices=["embedded"], default="embedded", help="embedded: the training weights"
+    )
+    group.add_argument("--rollout-temperature", type=float, help="log-probs are those of logits / temperature")
     group.add_argument("--rollout-max-tokens", type=int, help="longest response")
     group.add_argument("--rollout-max-running", type=int, default=256, help="completions generated at once per replica")
     group.add_argument(

@@ -1,6 +1,6 @@
 """Named sets of defaults; an explicit flag always wins.
 
-Values of the paper (arXiv 2603.19835, Sec. 5 and Table 3) and of its released scripts; ``dapo`` is the paper's baseline.
+Values of the paper (arXiv 2603.19835, Table 3) and of its released scripts; ``dapo`` is the paper's baseline.
 Keys are argument names, Megatron's own where Megatron has the flag.
 """
 

@@ -67,7 +67,8 @@ def check(args: argparse.Namespace) -> None:
     run = Path(args.runs_dir) / args.run_name
     if not args.load and not args.dry_run and (run / "checkpoints").exists():
         raise UserError(
-            f"{run} already holds checkpoints; continue it with --load {run / 'checkpoints'} or choose another --run-name"
+            f"{run} already holds checkpoints; continue it with --load {run / 'checkpoints'} "
+            f"or choose another --run-name"
         )
 
 
@@ -102,8 +103,8 @@ def _check_batch(args: argparse.Namespace) -> None:
     updates = samples // update * args.grpo_iterations
     if args.loss == "fipo" and updates < 2 and not args.allow_inactive_fipo:
         raise UserError(
-            f"one update per rollout ({samples} samples, --global-batch-size {update}) makes every influence weight 1 and "
-            f"FIPO equal to DAPO; lower --global-batch-size to at most {samples // 2 // group * group} "
+            f"one update per rollout ({samples} samples, --global-batch-size {update}) makes every influence weight 1 "
+            f"and FIPO equal to DAPO; lower --global-batch-size to at most {samples // 2 // group * group} "
             f"or pass --allow-inactive-fipo"
         )
     replicas = args.world_size // (
@@ -111,7 +112,8 @@ def _check_batch(args: argparse.Namespace) -> None:
     )
     if replicas and update % replicas:
         raise UserError(
-            f"--global-batch-size {update} does not divide over {replicas} data-parallel replicas; use a multiple of {replicas}"
+            f"--global-batch-size {update} does not divide over {replicas} data-parallel replicas; "
+            f"use a multiple of {replicas}"
         )
 
 
@@ -146,7 +148,8 @@ def _check_parallel(args: argparse.Namespace) -> None:
     if heads and heads % tensor:
         fits = [t for t in range(1, heads + 1) if heads % t == 0]
         raise UserError(
-            f"--tensor-model-parallel-size {tensor} does not divide the model's {heads} attention heads; use one of {fits}"
+            f"--tensor-model-parallel-size {tensor} does not divide the model's {heads} attention heads; "
+            f"use one of {fits}"
         )
     if args.world_size % tensor:
         raise UserError(

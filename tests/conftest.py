@@ -11,7 +11,7 @@ import torch
 LOCAL_FLAGS = """
     --transformer-impl local --distributed-backend gloo --use-cpu-initialization --no-masked-softmax-fusion
     --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-gradient-accumulation-fusion
-    --no-persist-layer-norm --rerun-mode disabled --calculate-per-token-loss --micro-batch-size 1 --seq-length 256
+    --no-persist-layer-norm --rerun-mode disabled --calculate-per-token-loss --micro-batch-size 1 --seq-length 128
     --lr 1e-3 --train-iters 1 --make-vocab-size-divisible-by 8
 """
 
@@ -106,3 +106,21 @@ def hf_model(tmp_path_factory):
 def build_model(megatron):
     """build_model(folder, *megatron_flags) -> model chunks."""
     return megatron_model
+
+
+@pytest.fixture(scope="session")
+def trained_base(tmp_path_factory) -> Path:
+    """A base model that guesses answers to sums, right one time in sixteen: groups with contrast in a second's training.
+
+    The Hugging Face folder also holds train.jsonl and heldout.jsonl, as the quickstart's does.
+    """
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+    import make_base_model
+
+    folder = tmp_path_factory.mktemp("base") / "model"
+    settings = make_base_model.Settings(
+        seed=5, hidden_size=32, layers=1, iterations=150, batch_size=64, learning_rate=1e-2,
+        direct=1.0, step_error=0.0, heldout=64, train=400, warmup=4000,
+    )  # fmt: skip
+    make_base_model.write_folder(folder, settings)
+    return folder

@@ -59,8 +59,8 @@ def answer_styles(
 def table_row(styles: dict[str, float]) -> str:
     """One line for people."""
     return (
-        f"{styles['accuracy']:.1%} right | {styles['worked']:.1%} worked, {styles['accuracy_worked']:.1%} of these right"
-        f" | {styles['accuracy_bare']:.1%} of the bare ones right | {styles['tokens']:.1f} tokens"
+        f"{styles['accuracy']:.1%} right, {styles['worked']:.1%} worked, {styles['accuracy_worked']:.1%} of these right"
+        f", {styles['accuracy_bare']:.1%} of the bare ones right, {styles['tokens']:.1f} tokens"
     )
 
 

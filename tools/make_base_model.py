@@ -58,7 +58,7 @@ class Settings:
     direct: float = 0.15
     hidden_size: int = 64
     layers: int = 2
-    iterations: int = 600
+    iterations: int = 800
     batch_size: int = 128
     learning_rate: float = 4e-3
     heldout: int = 1_024

@@ -9,7 +9,7 @@ import torch
 from megatron_fipo.compat.patching import Patch, apply
 
 # What is absent and what takes its place is `doctor`'s to say, once; Megatron says it in a dozen warnings per process.
-warnings.filterwarnings("ignore", message="(?s).*(Transformer Engine|transformer-engine|Apex|experimental)", category=UserWarning)
+warnings.filterwarnings("ignore", "(?s).*(Transformer Engine|transformer-engine|Apex|experimental)", UserWarning)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
 
 
@@ -29,8 +29,5 @@ def needed_patches() -> tuple[Patch, ...]:
 
 @functools.cache
 def install() -> None:
-    """Make Megatron work on this machine. Call before Megatron is imported elsewhere; further calls do nothing."""
-    with warnings.catch_warnings():
-        # A dozen modules warn while they are imported that Apex or TransformerEngine is missing; doctor says it once.
-        warnings.simplefilter("ignore", UserWarning)
-        apply(needed_patches())
+    """Make Megatron work on this machine. Call before Megatron is used; further calls do nothing."""
+    apply(needed_patches())

@@ -40,12 +40,11 @@ def make_micro_batches(
 
 def _loss_scale(plan: Sequence[UpdatePlan], rollout: Rollout, loss: FipoConfig) -> Tensor | None:
     """The weight of each sample's loss sum within its update, fp32 [S]; None where token counts divide instead."""
-    normalization = loss.normalization
-    if normalization is None or normalization == "token":
+    if loss.resolved_normalization == "token":
         return None
     scale_S = torch.empty(len(rollout.reward_S))
     for update in plan:
         members = sorted(i for micro_batches in update.micro_batches for mb in micro_batches for i in mb)
         tokens_S, groups_S = rollout.response_tokens_S[members], rollout.group_ids_S[members]
-        scale_S[members] = loss_scale(normalization, tokens_S, groups_S).float()
+        scale_S[members] = loss_scale(loss.resolved_normalization, tokens_S, groups_S).float()
     return scale_S

@@ -46,8 +46,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | int | str) -> "PackedBatch":
         """The same batch on ``device``."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PackedBatch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: t.to(device, non_blocking=True) for k, t in tensors.items() if t is not None})
 
 
 def pack(

@@ -4,6 +4,7 @@ Every rank computes the same plan from the same lengths, so nothing but the samp
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,19 +34,17 @@ def plan_step(lengths_S: Sequence[int], samples_per_update: int, replicas: int, 
 
 def _plan_update(samples: range, lengths_S: Sequence[int], replicas: int, max_tokens: int) -> UpdatePlan:
     longest_first = sorted(samples, key=lambda i: (-lengths_S[i], i))
+    most = len(samples) // replicas  # one sample per pack
     total = sum(lengths_S[i] for i in samples)
-    per_replica = max(1, -(-total // (replicas * max_tokens)))
-    while True:
+    for per_replica in range(min(most, math.ceil(total / (replicas * max_tokens))), most + 1):
         packs: list[list[int]] = [[] for _ in range(per_replica * replicas)]
         lightest = [(0, k) for k in range(len(packs))]
         for i in longest_first:
             tokens, k = heapq.heappop(lightest)
             packs[k].append(i)
             heapq.heappush(lightest, (tokens + lengths_S[i], k))
-        fits = all(len(p) == 1 or sum(lengths_S[i] for i in p) <= max_tokens for p in packs)
-        if fits or (per_replica + 1) * replicas > len(samples):
+        if all(len(p) == 1 or sum(lengths_S[i] for i in p) <= max_tokens for p in packs):
             break
-        per_replica += 1
     # Heaviest packs are dealt first and to the lightest replica, so replicas finish together.
     by_weight = sorted((tuple(sorted(p)) for p in packs), key=lambda p: (-sum(lengths_S[i] for i in p), p))
     dealt: list[list[MicroBatch]] = [[] for _ in range(replicas)]

@@ -36,7 +36,8 @@ class FipoOutput:
 
     With normalization "token" the denominator is the number of kept response tokens: over micro-batches and ranks, add
     up both and divide once. With "group" and "sequence" the sum is already scaled and the denominator is 1.
-    weights_T: f, [T] like logp, no gradient.
+    weights_T: f, [T] like logp, no gradient. terms, normalizer: what the statistics are made from; normalizer is this
+    call's additive share of the whole mini-batch's denominator.
     """
 
     loss: Tensor
@@ -105,6 +106,7 @@ def fipo_loss(
         loss_scale_S = loss_scale(config.resolved_normalization, tokens_S, group_ids_S)
     elif loss_scale_S.shape != (num_sequences,):
         raise ValueError(f"loss_scale_S must have shape [{num_sequences}], not {list(loss_scale_S.shape)}")
+    loss_scale_S = loss_scale_S.double()
     loss_sum = torch.where(kept_S, loss_S * loss_scale_S, 0.0).sum().to(logp_T.dtype)
 
     # the share of the mini-batch in this call: kept tokens, or the part of 1 that its tokens hold
@@ -145,7 +147,8 @@ def torch_token_losses(
 
     clipped_r_T = r_T.clamp(1 - config.clip_low, 1 + config.clip_high)
     w_T = A_T * f_T
-    loss_T = torch.maximum(-w_T * r_T, -w_T * clipped_r_T)
+    l1_T, l2_T = -w_T * r_T, -w_T * clipped_r_T
+    loss_T = torch.where(l1_T >= l2_T, l1_T, l2_T)  # torch.maximum would halve the gradient where they are equal
     beyond_c_T = (A_T < 0) & (torch.maximum(r_T, clipped_r_T) > c)
     if not config.is_paper:
         loss_T = torch.where(beyond_c_T, -w_T * c, loss_T)

@@ -68,7 +68,7 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def forward(batches: Any, model: Any) -> tuple[Tensor, Any]:
+        def forward(batches: Any, model: Any) -> tuple[Any, Any]:
             batch = next(batches)
             logp_T = packed_log_probs(model, batch, temperature=self.temperature, vocab_size=self.vocab_size)
 

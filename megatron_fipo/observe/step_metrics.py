@@ -44,8 +44,7 @@ def policy_metrics(
     ``mismatch/kl`` is the k3 estimate of KL(engine || trainer). ``fipo/noise_gain`` is what the scan makes of
     independent noise on each log-prob; ``fipo/noise_budget`` the noise per token that would reach the clip edge.
     """
-    gaps = [(b.old_logp_T - b.rollout_logp_T)[b.response_mask_T].double() for b in micro_batches]
-    gap = torch.cat(gaps)
+    gap = torch.cat([_engine_gap(batch) for batch in micro_batches])
     sums = torch.stack([entropy_sum, (gap.exp() - 1 - gap).sum(), gap.square().sum(), gap.new_tensor(gap.numel())])
     entropy, kl, square, tokens = replicas.all_reduce(sums).tolist()
     worst = replicas.all_reduce(gap.abs().max() if gap.numel() else gap.new_zeros(()), torch.distributed.ReduceOp.MAX)
@@ -58,6 +57,12 @@ def policy_metrics(
         "fipo/noise_gain": gain,
         "fipo/noise_budget": math.log(loss.weight_high) / gain,
     }
+
+
+def _engine_gap(batch: PackedBatch) -> Tensor:
+    """log p of the trainer minus log p of the engine, fp64, of the response tokens."""
+    assert batch.old_logp_T is not None, "old log-probs come before metrics"
+    return (batch.old_logp_T - batch.rollout_logp_T)[batch.response_mask_T].double()
 
 
 def mean_over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -2,13 +2,10 @@
 
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -18,7 +15,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered
 
 
-def send_to_replicas(
+def send_to_replicas[T](
     outgoing: Sequence[Mapping[int, T]], group: dist.ProcessGroup, device: torch.device
 ) -> dict[int, T]:
     """Deliver ``outgoing[replica]`` {number: item} to each replica; return all that was addressed to this one.

@@ -26,7 +26,7 @@ Verify = Callable[[Prompt, Sequence[int]], tuple[bool, bool]]
 """(prompt, response tokens) -> (correct, the verifier failed)."""
 
 _OVERSAMPLING = 3.0
-"""A batch never exceeds this many times the groups that are still missing (DAPO's gen_batch_size / train_batch_size)."""
+"""A batch never exceeds this many times the groups still missing (DAPO's gen_batch_size / train_batch_size)."""
 
 
 @dataclass(frozen=True)

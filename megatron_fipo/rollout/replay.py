@@ -1,4 +1,4 @@
-"""Rollouts on disk: ``--rollout-only`` writes them, ``--train-from-rollouts`` trains on them, on any number of replicas.
+"""Rollouts on disk: ``--rollout-only`` writes, ``--train-from-rollouts`` trains on them, on any number of replicas.
 
 ``DIR/step_0000001/`` holds ``table.safetensors`` (the numbers of every generated sample) and one
 ``replica_00000.safetensors`` per replica that generated; it appears whole.
@@ -42,7 +42,7 @@ def write_rollout(folder: str, step: int, rollout: Rollout, replicas: Replicas) 
 
 
 def read_rollout(folder: str, step: int, replicas: Replicas) -> Rollout:
-    """Read one step; each replica takes every size-th group, whoever generated it. Raises UserError if it is missing."""
+    """Read one step; each replica takes every size-th group, whoever generated it. Raises UserError without it."""
     source = _folder_of(folder, step)
     if not source.is_dir():
         raise UserError(

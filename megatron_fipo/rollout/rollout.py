@@ -48,7 +48,8 @@ class Rollout:
     response_tokens_S  int64
     reward_S           fp32
     group_ids_S        int64
-    table              fp64 [generated groups, group size, 6], every generated sample; ``kept`` are the groups trained on
+    table              fp64 [generated groups, group size, 6], every generated sample
+    kept               the table's groups that are trained on
     first_visit        the visit number of the table's first group
     batches            generation batches that it took
     """

@@ -215,6 +215,38 @@ def test_first_update_is_dapo(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "compiled"])
+@pytest.mark.parametrize(
+    "log_ratio, advantage, flows",
+    [(-25.0, 1.0, False), (-19.0, 1.0, True), (25.0, -1.0, False), (19.0, -1.0, True)],
+)
+def test_no_gradient_where_the_log_ratio_is_clamped(log_ratio, advantage, flows, backend):
+    """The paper's loss has no dual clip, so for A < 0 only the clamp can stop the gradient."""
+    cfg = FipoConfig(semantics="paper", normalization="token")
+    logp = torch.tensor([log_ratio], requires_grad=True)
+    out = fipo_loss(
+        logp, torch.zeros(1), torch.tensor([advantage]), torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]), cfg,
+        backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(-advantage * math.exp(max(-20, min(20, log_ratio))), rel=1e-5)
+    assert bool(logp.grad.any()) == flows
+
+
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_gradient_is_whole_on_the_edge_of_the_clip_range(advantage, backend):
+    """r = 1 with a clip range of [1, 1]: both branches are equal, and the unclipped one counts."""
+    logp = torch.zeros(1, requires_grad=True)
+    cfg = FipoConfig(clip_low=0.0, clip_high=0.0)
+    out = fipo_loss(
+        logp, torch.zeros(1), torch.tensor([advantage]), torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]), cfg,
+        backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    assert logp.grad.item() == -advantage
+
+
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
 def test_nan_in_the_response_is_not_hidden(backend):
     logp, old, advantage, mask, cu, _ = make_batch()
     token = next(t for t in range(int(cu[6]), int(cu[7])) if mask[t])

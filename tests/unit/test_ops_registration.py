@@ -71,6 +71,20 @@ def test_compile_of_the_operators_is_one_graph():
     assert torch.equal(eager.grad, compiled.grad) and eager.grad.any()
 
 
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
+def test_compile_of_the_whole_loss_is_one_graph(backend):
+    logp, *rest = make_batch([5, 0, 100, 3], padding=2)
+
+    def loss(logp):
+        return fipo_loss(logp, *rest, FipoConfig.preset("fipo-7b"), backend=backend).loss
+
+    eager, compiled = logp.clone().requires_grad_(), logp.clone().requires_grad_()
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(eager.grad, compiled.grad)
+    assert eager.grad.any()
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     """Long sequences too: the cut into blocks is fixed."""
     batch = make_batch([3, 60_000, 1, 33_000, 9000, 0, 20_000])

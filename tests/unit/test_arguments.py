@@ -1,0 +1,143 @@
+"""Flags: presets, precedence, the batch arithmetic, and mistakes that are told before anything starts."""
+
+import json
+
+import pytest
+
+from megatron_fipo import compat
+from megatron_fipo.train import main
+
+compat.install()
+
+# What fipo.md's table of presets says.
+PUBLISHED = {
+    "fipo-32b": {
+        "fipo_half_life": 32.0, "fipo_weight_range": [1.0, 1.2], "fipo_safety_threshold": 10.0, "fipo_dual_clip": 10.0,
+        "clip_range": [0.2, 0.28], "samples_per_step": 8192, "prompts_per_step": 512, "group_size": 16,
+        "prompts_per_update": 64, "updates_per_step": 8, "max_prompt_tokens": 2048, "max_response_tokens": 20480,
+        "overlong_buffer": 4096, "overlong_penalty": 1.0, "lr": 1e-6, "lr_warmup_steps": 10, "weight_decay": 0.1,
+        "clip_grad": 1.0, "temperature": 1.0, "loss": "fipo",
+    },
+    "fipo-7b": {
+        "fipo_half_life": 32.0, "fipo_weight_range": [0.8, 1.2], "fipo_safety_threshold": 3.0, "fipo_dual_clip": 10.0,
+        "samples_per_step": 16384, "group_size": 32, "prompts_per_update": 64, "updates_per_step": 8,
+        "max_response_tokens": 10240, "overlong_buffer": 2048, "loss": "fipo",
+    },
+    "dapo": {
+        "fipo_weight_range": [1.0, 1.0], "samples_per_step": 8192, "prompts_per_update": 32, "updates_per_step": 16,
+        "max_response_tokens": 20480, "overlong_buffer": 4096, "loss": "dapo",
+    },
+}  # fmt: skip
+
+
+def dry_run(capsys, *flags: object) -> dict:
+    """The JSON object of --dry-run, which must stand alone on stdout."""
+    code = main(["--dry-run", *map(str, flags)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+def mistake(capsys, *flags: object) -> str:
+    """The one line that a mistake prints."""
+    code = main([*map(str, flags)])
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert err.startswith("megatron_fipo: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_preset_alone_has_the_published_numbers(capsys, preset):
+    values = dry_run(capsys, "--preset", preset)
+    assert {key: values[key] for key in PUBLISHED[preset]} == PUBLISHED[preset]
+
+
+def test_no_preset_means_fipo_32b(capsys):
+    assert dry_run(capsys) == dry_run(capsys, "--preset", "fipo-32b")
+
+
+def test_explicit_flags_win_over_the_preset(capsys):
+    values = dry_run(capsys, "--preset", "fipo-7b", "--grpo-group-size", 16, "--global-batch-size", 512, "--lr", 2e-6)
+    assert (values["group_size"], values["updates_per_step"], values["lr"]) == (16, 16, 2e-6)
+
+
+def test_a_model_and_its_data_are_checked(capsys, trained_base):
+    flags = ("--hf-model", trained_base, "--prompt-data", trained_base / "train.jsonl", "--preset", "quickstart")
+    assert dry_run(capsys, *flags)["prompts"] == 400
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--fipo-halflife", "3"], ["--fipo-halflife", "--fipo-half-life"]),
+        (["--preset", "fipo-33b"], ["--preset", "fipo-33b", "fipo-32b"]),
+        (["--lr", "fast"], ["--lr", "fast"]),
+        (["stray"], ["stray"]),
+        (["--grpo-group-size", "1"], ["--grpo-group-size 1", "at least 2"]),
+        (["--global-batch-size", "1000"], ["--global-batch-size 1000", "--grpo-group-size 16", "use 992"]),
+        (["--global-batch-size", "768"], ["--global-batch-size 768", "512 x 16 = 8192", "use 512"]),
+        (["--global-batch-size", "8192"], ["one update per rollout", "at most 4096", "--allow-inactive-fipo"]),
+        (["--global-batch-size", "16384"], ["--global-batch-size 16384", "8192"]),
+        (["--num-steps", "0"], ["--num-steps 0"]),
+        (["--fipo-half-life", "-1"], ["--fipo-half-life -1"]),
+        (["--fipo-weight-low", "1.5"], ["--fipo-weight-low 1.5"]),
+        (["--rollout-temperature", "0"], ["--rollout-temperature 0"]),
+        (["--reward-overlong-buffer", "30000"], ["--reward-overlong-buffer 30000", "--rollout-max-tokens 20480"]),
+        (["--grpo-kl-beta", "0.1"], ["--grpo-kl-beta"]),
+        (["--pipeline-model-parallel-size", "2"], ["--pipeline-model-parallel-size 2"]),
+        (["--rl-partial-rollouts"], ["--rl-partial-rollouts"]),
+        (["--data-path", "x"], ["--data-path", "--prompt-data"]),
+        (["--train-iters", "5"], ["--train-iters", "--num-steps"]),
+        (["--perform-rl-step"], ["--perform-rl-step"]),
+        (["--num-steps", "3"], ["--hf-model is missing"]),
+        (["--hf-model", "/nowhere"], ["/nowhere/config.json does not exist"]),
+    ],
+)
+def test_mistakes_are_told_in_one_line(capsys, flags, words):
+    message = mistake(capsys, *flags)
+    assert all(word in message for word in words), message
+
+
+def test_inactive_fipo_can_be_asked_for(capsys):
+    values = dry_run(capsys, "--global-batch-size", 8192, "--allow-inactive-fipo")
+    assert values["updates_per_step"] == 1
+
+
+def test_mistakes_about_model_and_data(capsys, trained_base, tmp_path):
+    model = ("--preset", "quickstart", "--hf-model", trained_base)
+    data = (*model, "--prompt-data", trained_base / "train.jsonl")
+    assert "--prompt-data is missing" in mistake(capsys, *model)
+    assert "4 attention heads" in mistake(capsys, *data, "--tensor-model-parallel-size", 3, "--dry-run")
+    assert "NAME:PATH:N" in mistake(capsys, *data, "--eval-data", "nonsense")
+    assert "nowhere.jsonl does not exist" in mistake(capsys, *model, "--prompt-data", "nowhere.jsonl")
+    assert "--load" in mistake(capsys, *data, "--load", tmp_path / "nothing")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "1+1=", "source": "reasoning_gym/chain_sum"}\n')
+    assert "bad.jsonl, row 1" in mistake(capsys, *model, "--prompt-data", bad)
+    bad.write_text('{"prompt": "1+1=", "answer": "2", "source": "reasoning_gym/chain_sums"}\n')
+    assert "did you mean 'reasoning_gym/chain_sum'" in mistake(capsys, *model, "--prompt-data", bad)
+
+
+def test_a_run_with_checkpoints_is_not_overwritten(capsys, trained_base, tmp_path):
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    flags = ("--hf-model", trained_base, "--prompt-data", trained_base / "train.jsonl", "--preset", "quickstart")
+    message = mistake(capsys, *flags, "--runs-dir", tmp_path, "--run-name", "old")
+    assert "already holds checkpoints" in message and "--load" in message
+
+
+def test_loading_from_a_folder_without_a_whole_checkpoint_says_so(tmp_path):
+    from megatron_fipo.checkpoint.state import whole_checkpoints
+
+    (tmp_path / "iter_0000002").mkdir()
+    (tmp_path / "iter_0000001").mkdir()
+    (tmp_path / "iter_0000001" / "rl_state.json").write_text("{}")
+    assert whole_checkpoints(str(tmp_path)) == [1]
+
+
+def test_help_shows_our_flags_first(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert 0 < text.index("--fipo-half-life") < text.index("--num-layers")

@@ -1,0 +1,105 @@
+"""Dynamic sampling with the real engine on a model that is right one time in sixteen."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from megatron_fipo.data.prompts import PromptStream, read_prompts
+from megatron_fipo.errors import UserError
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rewards.answers import Answers
+from megatron_fipo.rollout.collect import CollectSettings, collect
+from megatron_fipo.rollout.embedded import EmbeddedEngine
+from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.replay import read_rollout, write_rollout
+from megatron_fipo.rollout.rollout import has_contrast
+
+
+@pytest.fixture(scope="module")
+def run(trained_base, build_model):
+    """run(settings changes..., cursor=, contrast_rate=) -> (rollout, stream, completions reported)."""
+    tokenizer = AutoTokenizer.from_pretrained(trained_base)
+    prompts = read_prompts([str(trained_base / "train.jsonl")], tokenizer.encode)
+    engine = EmbeddedEngine(build_model(trained_base), len(tokenizer), 64, pad_id=0)
+    answers = Answers(tokenizer, (tokenizer.eos_token_id,))
+    settings = CollectSettings(
+        prompts_per_step=6, group_size=8, sampling=SamplingParams(12, 1.0, 1.0, answers.stop_token_ids), seed=1,
+        dynamic_sampling=True, max_batches=10, overlong_buffer=0, overlong_penalty=1.0,
+    )  # fmt: skip
+
+    def collected(cursor=0, contrast_rate=1.0, **changes):
+        stream, reported = PromptStream(prompts, seed=1, cursor=cursor), []
+        rollout = collect(
+            engine, stream, answers.verify, replace(settings, **changes), Replicas.current(),
+            version=7, contrast_rate=contrast_rate, on_finished=reported.append,
+        )  # fmt: skip
+        return rollout, stream, sum(reported)
+
+    return collected
+
+
+def test_kept_groups_are_the_first_ones_with_contrast(run):
+    rollout, stream, reported = run()
+    contrast = has_contrast(rollout.table)
+    assert list(rollout.kept) == contrast.nonzero()[:6, 0].tolist()
+    assert rollout.batches > 1, "the first batch alone had enough contrast: the test shows nothing"
+    assert stream.cursor == len(rollout.table) and reported == 8 * len(rollout.table)
+    for group in torch.tensor([rollout.held[i].correct for i in range(48)]).view(6, 8):
+        assert 0 < group.sum() < 8
+
+
+def test_samples_say_what_they_are(run):
+    rollout, _, _ = run(cursor=40)
+    for number, sample in rollout.held.items():
+        assert sample.group_id == rollout.group_ids_S[number] == 40 + rollout.kept[number // 8]
+        assert sample.reward == rollout.reward_S[number] == (1.0 if sample.correct else -1.0)
+        assert len(sample.tokens) - 1 == rollout.packed_length_S[number]
+        assert sample.response_mask.sum() == rollout.response_tokens_S[number]
+        assert (sample.rollout_logp[~sample.response_mask] == 0).all()
+        assert (sample.rollout_logp[sample.response_mask] < 0).all()
+        assert sample.weight_versions == ((7, 0, sample.response_mask.sum()),)
+
+
+def test_the_same_cursor_gives_the_same_rollout_and_another_does_not(run):
+    tokens = [[s.tokens.tolist() for s in run(cursor=c)[0].held.values()] for c in (0, 0, 100)]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_the_expected_rate_saves_batches(run):
+    patient, informed = (run(contrast_rate=rate, prompts_per_step=4)[0] for rate in (1.0, 0.34))
+    assert informed.batches < patient.batches
+    assert informed.kept == patient.kept
+
+
+def test_it_gives_up_with_a_reason(run):
+    with pytest.raises(UserError, match=r"only \d of 6 groups .* after 1 generation batches .accuracy 0\.\d+"):
+        run(max_batches=1)
+
+
+def test_without_dynamic_sampling_every_group_is_kept(run):
+    rollout, _, _ = run(dynamic_sampling=False)
+    assert rollout.kept == tuple(range(6)) and rollout.batches == 1
+
+
+def test_long_responses_cost_reward(run):
+    rollout, _, _ = run(overlong_buffer=11, dynamic_sampling=False)
+    length = rollout.response_tokens_S
+    expected = torch.tensor([1.0 if rollout.held[i].correct else -1.0 for i in range(48)]) - (length - 1).clamp(0) / 11
+    torch.testing.assert_close(rollout.reward_S, expected)
+
+
+def test_a_rollout_survives_the_disk(run, tmp_path):
+    rollout, _, _ = run()
+    write_rollout(str(tmp_path), 3, rollout, Replicas.current())
+    again = read_rollout(str(tmp_path), 3, Replicas.current())
+    for name in ("packed_length_S", "response_tokens_S", "reward_S", "group_ids_S", "table"):
+        assert torch.equal(getattr(again, name), getattr(rollout, name)), name
+    assert (again.kept, again.batches, again.first_visit) == (rollout.kept, rollout.batches, rollout.first_visit)
+    for number, sample in rollout.held.items():
+        for name, value in vars(sample).items():
+            assert np.array_equal(getattr(again.held[number], name), value), name
+    with pytest.raises(UserError, match="step_0000004"):
+        read_rollout(str(tmp_path), 4, Replicas.current())

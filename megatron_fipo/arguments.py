@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_rollout_flags(parser.add_argument_group("data, rollouts and rewards"))
     megatron_arguments.add_megatron_arguments(parser)
     for action in parser._actions:  # one of Megatron's help texts has a bare "10%)", on which argparse's --help fails
-        action.help = action.help and re.sub(r"%(?![(%])", "%%", action.help)
+        action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     return parser
 
 

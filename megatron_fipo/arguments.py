@@ -222,6 +222,23 @@ def _validate_megatron(args: argparse.Namespace) -> None:
             raise UserError(f"Megatron refuses these flags: {error}") from error
 
 
+def banner(args: argparse.Namespace) -> dict[str, str]:
+    """The same in a few lines, for a person who watches the start."""
+    n = batch_arithmetic(args)
+    low, high = n["fipo_weight_range"]
+    return {
+        "model": args.hf_model,
+        "ranks": f"{n['world_size']}: data parallel {n['data_parallel']}, tensor parallel {n['tensor_parallel']}",
+        "rollout": f"{n['prompts_per_step']} prompts x {n['group_size']} = {n['samples_per_step']:,} samples a step, "
+        f"up to {n['max_response_tokens']:,} tokens each",
+        "updates": f"{n['updates_per_step']} a step of {n['samples_per_update']:,} samples",
+        "loss": f"{n['loss']}, half-life {n['fipo_half_life']:g} tokens, weights in [{low:g}, {high:g}]"
+        if n["loss"] == "fipo"
+        else n["loss"],
+        "schedule": f"{n['num_steps']} steps, learning rate {n['lr']:g} after {n['lr_warmup_steps']} steps of warm-up",
+    }
+
+
 def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
     """Every number that follows from the flags, as printed at the start and by --dry-run."""
     samples = args.grpo_prompts_per_step * args.grpo_group_size

@@ -63,7 +63,22 @@ class Inputs:
 
     answers: Answers
     prompts: list[Prompt]
+    dropped_prompts: int
     eval_sets: tuple[EvaluationSet, ...]
+
+    def counts(self) -> dict[str, int]:
+        """Prompts that training draws from, those dropped for their length, and held-out prompts."""
+        return {
+            "prompts": len(self.prompts),
+            "dropped_prompts": self.dropped_prompts,
+            "eval_prompts": sum(len(s.prompts) for s in self.eval_sets),
+        }
+
+    def described(self) -> str:
+        """The same for a person."""
+        n = self.counts()
+        dropped = f" ({n['dropped_prompts']:,} too long)" if n["dropped_prompts"] else ""
+        return f"{n['prompts']:,}{dropped}, held out {n['eval_prompts']:,}"
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
@@ -76,13 +91,16 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         prompts = read_prompts(paths, encode)
         for source in sorted({p.source for p in prompts}):
             check_source(source)
-        return drop_long(prompts, args.max_prompt_tokens)
+        return prompts
 
+    prompts = read(args.prompt_data) if args.prompt_data else []
+    kept = drop_long(prompts, args.max_prompt_tokens) if prompts else []
     return Inputs(
         answers=Answers(tokenizer, () if stop is None else (stop,)),
-        prompts=read(args.prompt_data) if args.prompt_data else [],
+        prompts=kept,
+        dropped_prompts=len(prompts) - len(kept),
         eval_sets=tuple(
-            EvaluationSet(name, tuple(read([path])), samples)
+            EvaluationSet(name, tuple(drop_long(read([path]), args.max_prompt_tokens)), samples)
             for name, path, samples in map(parse_eval_data, args.eval_data)
         ),
     )

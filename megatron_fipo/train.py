@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from megatron_fipo import compat
-from megatron_fipo.arguments import batch_arithmetic, parse_arguments
+from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
 from megatron_fipo.checkpoint import state as checkpoint
 from megatron_fipo.checkpoint.hf import save_hf
 from megatron_fipo.data.batches import make_micro_batches
@@ -109,9 +109,10 @@ def main(argv: Sequence[str]) -> int:
             return 0
         inputs = read_inputs(args)
         if args.dry_run:
-            print(json.dumps(batch_arithmetic(args) | {"prompts": len(inputs.prompts)}, indent=2))
+            print(json.dumps(batch_arithmetic(args) | inputs.counts(), indent=2))
             return 0
         run = open_session(args, inputs)
+        run.console.banner(banner(args) | {"prompts": inputs.described()})
         if args.rollout_only:
             write_rollouts(run, args)
         else:

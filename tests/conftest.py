@@ -110,7 +110,7 @@ def build_model(megatron):
 
 @pytest.fixture(scope="session")
 def trained_base(tmp_path_factory) -> Path:
-    """A base model that guesses answers to sums, right one time in sixteen: groups with contrast in a second's training.
+    """A base model that guesses answers to sums, right one time in sixteen; made in a second.
 
     The Hugging Face folder also holds train.jsonl and heldout.jsonl, as the quickstart's does.
     """

@@ -1,10 +1,21 @@
 #!/usr/bin/env bash
-# Train a tiny model with FIPO on this machine's CPU, from nothing to a report. `make quickstart` runs this.
-#   SEED=2 examples/quickstart/run.sh    another base model, other problems
+# FIPO on this machine, from nothing: makes a tiny base model and its problems (kept for the next run), then trains on
+# two data-parallel ranks. `make quickstart` calls it. SEED=2 examples/quickstart/run.sh for another model and run.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "$0")/../.."
 
 SEED=${SEED:-1}
+RANKS=${RANKS:-2}
 BASE=.cache/quickstart/base-$SEED
+RUN=runs/quickstart
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 python tools/make_base_model.py --out "$BASE" --seed "$SEED"
+rm -rf "$RUN" # the last demonstration's
+
+MODEL_ARGS=(--preset quickstart --hf-model "$BASE" --seed "$SEED")
+DATA_ARGS=(--prompt-data "$BASE/train.jsonl" --eval-data "heldout:$BASE/heldout.jsonl:1")
+OUTPUT_ARGS=(--run-name "$(basename "$RUN")" --save-hf "$RUN/hf")
+
+torchrun --standalone --nproc-per-node "$RANKS" -m megatron_fipo.train \
+    "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@"

@@ -15,10 +15,13 @@ class Scorer(Protocol):
 
 @lru_cache(maxsize=1)
 def tasks() -> tuple[str, ...]:
-    """The names of all tasks, sorted."""
+    """The names of all tasks with a scorer, sorted.
+
+    That is all but "composite", a mixture of other tasks: its rows are scored as the task that they come from.
+    """
     from reasoning_gym.factory import DATASETS
 
-    return tuple(sorted(DATASETS))
+    return tuple(sorted(DATASETS.keys() - {"composite"}))
 
 
 @cache

@@ -37,12 +37,11 @@ def verify(prompt: Prompt, text: str) -> Verdict:
     answer = reasoning_gym.extract_answer(text)
     if answer is None:
         return Verdict(False)
-    entry = {"answer": prompt.answer, "metadata": prompt.metadata}
+    scorer = reasoning_gym.scorer(prompt.source.removeprefix(_REASONING_GYM))
     try:
-        score = reasoning_gym.scorer(prompt.source.removeprefix(_REASONING_GYM))(answer, entry)
+        return Verdict(bool(scorer(answer, {"answer": prompt.answer, "metadata": prompt.metadata}) >= 1.0))
     except Exception as error:  # whatever a scorer raises on arbitrary text
         return Verdict(False, f"{prompt.source}: {type(error).__name__}: {error}")
-    return Verdict(score >= 1.0)
 
 
 def check_source(source: str, row: int | None = None) -> None:

@@ -77,9 +77,14 @@ def test_an_unknown_source_is_a_user_error_with_row_and_choices(source, hint):
         check_source(source)
 
 
-def test_every_task_of_the_library_is_known():
-    for task in reasoning_gym.factory.DATASETS:
+def test_every_task_of_the_library_is_known_and_has_a_scorer():
+    tasks = reasoning_gym.factory.DATASETS.keys() - {"composite"}
+    assert len(tasks) > 100
+    for task in tasks:
         check_source(f"reasoning_gym/{task}")
+        verify(a_prompt(task, "1"), "<answer>1</answer>")
+    with pytest.raises(UserError):
+        check_source("reasoning_gym/composite")
 
 
 def test_two_thousand_verdicts_a_second():

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from megatron_fipo.checkpoint import state as checkpoint
 from megatron_fipo.checkpoint.hf import load_hf_weights
 from megatron_fipo.data.prompts import Prompt, PromptStream, drop_long, read_prompts
+from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.loss import FipoConfig
 from megatron_fipo.model.build import model_provider
@@ -108,6 +109,10 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
 
 def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     """Start Megatron, build model and optimizer, load weights or a checkpoint, open the run's folder."""
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "no launcher: start with 'torchrun --nproc-per-node N -m megatron_fipo.train ...', N = 1 included"
+        )
     folder = RunFolder(Path(args.runs_dir), args.run_name)
     folder.create()
     first = args.rank == 0

@@ -135,6 +135,11 @@ def test_loading_from_a_folder_without_a_whole_checkpoint_says_so(tmp_path):
     assert whole_checkpoints(str(tmp_path)) == [1]
 
 
+def test_a_start_without_launcher_says_how(capsys, trained_base):
+    data = ("--hf-model", trained_base, "--prompt-data", trained_base / "train.jsonl", "--preset", "quickstart")
+    assert "torchrun" in mistake(capsys, *data)
+
+
 def test_help_shows_our_flags_first(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

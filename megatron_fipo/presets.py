@@ -66,9 +66,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
         **_FIPO_32B,
         "run_name": "quickstart",
-        "grpo_prompts_per_step": 32,
+        "grpo_prompts_per_step": 64,
         "grpo_group_size": 8,
-        "global_batch_size": 64,
+        "global_batch_size": 128,
         "max_prompt_tokens": 32,
         "rollout_max_tokens": 56,
         "reward_overlong_buffer": 0,
@@ -79,8 +79,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_warmup_iters": 5,
         "weight_decay": 0.0,
         "adam_beta2": 0.99,
-        "num_steps": 25,
-        "eval_interval": 5,
+        "num_steps": 30,
+        "eval_interval": 10,
     },
 }
 

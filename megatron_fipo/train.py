@@ -23,7 +23,7 @@ from megatron_fipo.data.planning import plan_step
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.loss import group_advantage
-from megatron_fipo.rollout.collect import collect
+from megatron_fipo.rollout.collect import collect, groups_to_generate
 from megatron_fipo.rollout.replay import read_rollout, write_rollout
 from megatron_fipo.rollout.rollout import Rollout
 from megatron_fipo.session import Session, open_session, read_inputs
@@ -69,7 +69,8 @@ def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rat
     """Generate a step's samples, or read those that ``--rollout-only`` wrote."""
     if args.train_from_rollouts:
         return read_rollout(args.train_from_rollouts, step, run.replicas)
-    with run.console.progress("rollout", args.grpo_prompts_per_step * args.grpo_group_size) as progress:
+    groups = groups_to_generate(args.grpo_prompts_per_step, contrast_rate, run.collect)
+    with run.console.progress("rollout", round(groups * args.grpo_group_size)) as progress:
         return collect(
             run.engine,
             run.stream,

@@ -48,7 +48,7 @@ class Chart:
 
 
 def format_value(value: float, unit: str = "") -> str:
-    """Three to four significant digits: 1.23e-4, 0.0123, 12.3, 1,234, 12.3k; percent for the unit "%"."""
+    """Up to five significant digits: 1.23e-4, 0.0123, 1.0025, 1,234, 12.3k; percent for the unit "%"."""
     if unit == "%":
         return f"{100 * value:.4g} %"
     size = abs(value)
@@ -62,7 +62,7 @@ def format_value(value: float, unit: str = "") -> str:
         mantissa, exponent = f"{value:.2e}".split("e")
         text = f"{float(mantissa):g}e{int(exponent)}"
     else:
-        text = f"{value:.3g}"
+        text = f"{value:.5g}"
     return f"{text} {unit}".strip()
 
 

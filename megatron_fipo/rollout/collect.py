@@ -66,8 +66,7 @@ def collect(
     kept: list[int] = []
     first_visit = stream.cursor
     for batch in range(1, settings.max_batches + 1):
-        expected = max(contrast_rate, 1 / _OVERSAMPLING) if settings.dynamic_sampling else 1.0
-        share = math.ceil((needed - len(kept)) / expected / replicas.size)
+        share = math.ceil(groups_to_generate(needed - len(kept), contrast_rate, settings) / replicas.size)
         mine = stream.take(share * replicas.size)[replicas.rank :: replicas.size]
         groups = _generate(engine, mine, verify, settings, version, on_finished)
         own.update((visit, [sample for sample, _ in group]) for (visit, _), group in zip(mine, groups, strict=True))
@@ -88,6 +87,11 @@ def collect(
         f"(accuracy {accuracy:.3f}); use prompts nearer to the model's level, raise --rollout-max-batches, or lower "
         f"--grpo-prompts-per-step"
     )
+
+
+def groups_to_generate(missing: int, contrast_rate: float, settings: CollectSettings) -> float:
+    """Groups that should bring ``missing`` ones with contrast, if the rate holds."""
+    return missing / max(contrast_rate, 1 / _OVERSAMPLING) if settings.dynamic_sampling else missing
 
 
 def _generate(

@@ -143,6 +143,8 @@ def _check_parallel(args: argparse.Namespace) -> None:
     for flag in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
         if getattr(args, flag) != 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not supported yet; leave it at 1")
+    if args.sequence_parallel:
+        raise UserError("--sequence-parallel is not supported yet; leave it out")
     tensor = args.tensor_model_parallel_size
     heads = args.num_attention_heads
     if heads and heads % tensor:

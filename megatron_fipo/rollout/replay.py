@@ -27,8 +27,9 @@ def write_rollout(folder: str, step: int, rollout: Rollout, replicas: Replicas) 
     target = _folder_of(folder, step)
     partial = target.with_suffix(".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    save_file(_columns(list(rollout.held.values())), partial / f"replica_{replicas.rank:05d}.safetensors")
-    if replicas.rank == 0:
+    if replicas.leads:
+        save_file(_columns(list(rollout.held.values())), partial / f"replica_{replicas.rank:05d}.safetensors")
+    if replicas.leads and replicas.rank == 0:
         numbers = {
             "table": rollout.table.numpy(),
             "kept": np.array(rollout.kept, np.int64),
@@ -37,7 +38,7 @@ def write_rollout(folder: str, step: int, rollout: Rollout, replicas: Replicas) 
         }
         save_file(numbers, partial / "table.safetensors")
     dist.barrier(replicas.group)
-    if replicas.rank == 0:
+    if replicas.leads and replicas.rank == 0:
         os.replace(partial, target)
 
 

@@ -96,22 +96,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, trained_b
     assert any(not torch.equal(expected[name], moved[name]) for name in expected)
 
 
+LAYOUTS = {"one": (1,), "data parallel": (2,), "tensor parallel": (2, "--tensor-model-parallel-size", 2)}
+
+
 @pytest.mark.parametrize("normalization", ["token", "group"])
-def test_one_and_two_replicas_make_the_same_update(normalization, rollouts, trained_base, tmp_path):
-    """Four updates on the same written rollout: loss, gradient norm and weights, whatever the number of replicas."""
+def test_every_layout_makes_the_same_updates(normalization, rollouts, trained_base, tmp_path):
+    """Four updates on the same written rollout: loss, gradient norm and weights."""
     results = {}
-    for ranks in (1, 2):
-        flags = ("--run-name", f"dp{ranks}", "--num-steps", 1, "--train-from-rollouts", rollouts)
-        flags += ("--loss-normalization", normalization, "--save-hf", tmp_path / f"hf{ranks}")
+    for name, (ranks, *layout) in LAYOUTS.items():
+        flags = ("--run-name", name, "--num-steps", 1, "--train-from-rollouts", rollouts, *layout)
+        flags += ("--loss-normalization", normalization, "--save-hf", tmp_path / f"{name} hf")
         finished(train(ranks, tmp_path, trained_base, *flags))
-        updates = rows(tmp_path / f"dp{ranks}")[-1]["updates"]
-        results[ranks] = updates, load_file(tmp_path / f"hf{ranks}" / "model.safetensors")
-    (one, weights_one), (two, weights_two) = results[1], results[2]
-    for a, b in zip(one, two, strict=True):
-        for name in ("actor/pg_loss", "actor/grad_norm", "actor/ppo_kl", "fipo/active_fraction"):
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
-    for name, weight in weights_one.items():
-        torch.testing.assert_close(weight, weights_two[name], rtol=0, atol=1e-5)
+        updates = rows(tmp_path / name)[-1]["updates"]
+        results[name] = updates, load_file(tmp_path / f"{name} hf" / "model.safetensors")
+    expected_updates, expected_weights = results.pop("one")
+    for updates, weights in results.values():
+        for update, expected in zip(updates, expected_updates, strict=True):
+            for metric in ("actor/pg_loss", "actor/grad_norm", "actor/ppo_kl", "fipo/active_fraction"):
+                assert update[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-5), metric
+        for weight, value in expected_weights.items():
+            torch.testing.assert_close(weights[weight], value, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
     pip install -e . --no-build-isolation --no-deps
 
 `megatron_fipo._ops`   tensor operators on LibTorch's stable ABI: no Python, no ATen; loads on every torch from 2.10 on
-`megatron_fipo._host`  pybind11 module for host code: build information and CPU capability; no torch
+`megatron_fipo._host`  pybind11 module for host code: build information, CPU capability, packing; no torch
 """
 
 from pathlib import Path
@@ -16,6 +16,7 @@ CSRC = str(Path(__file__).parent / "csrc")  # ninja compiles in the build folder
 HEADERS = [
     "csrc/core/fipo.h",
     *(f"csrc/cpu/{name}" for name in ("capability.h", "kernels.h", "kernels.inc", "packed.h")),
+    *(f"csrc/host/{name}" for name in ("bindings.h", "packing.h")),
 ]
 TORCH_TARGET = (2, 10)
 # The last two let the compiler turn selections into vector blends; arithmetic stays IEEE (no -ffast-math).
@@ -39,7 +40,7 @@ operators = CppExtension(
 
 host = Extension(
     "megatron_fipo._host",
-    ["csrc/bindings/host.cpp", "csrc/cpu/capability.cpp"],
+    ["csrc/bindings/host.cpp", "csrc/cpu/capability.cpp", "csrc/host/bindings.cpp", "csrc/host/packing.cpp"],
     include_dirs=[CSRC, pybind11.get_include()],
     define_macros=[
         ("MEGATRON_FIPO_FLAGS", '"' + " ".join(FLAGS) + '"'),

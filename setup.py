@@ -16,7 +16,6 @@ CSRC = str(Path(__file__).parent / "csrc")  # ninja compiles in the build folder
 HEADERS = [
     "csrc/core/fipo.h",
     *(f"csrc/cpu/{name}" for name in ("capability.h", "kernels.h", "kernels.inc", "packed.h")),
-    *(f"csrc/host/{name}" for name in ("bindings.h", "packing.h")),
 ]
 TORCH_TARGET = (2, 10)
 # The last two let the compiler turn selections into vector blends; arithmetic stays IEEE (no -ffast-math).
@@ -47,7 +46,7 @@ host = Extension(
         ("MEGATRON_FIPO_TORCH_TARGET", '"{}.{}"'.format(*TORCH_TARGET)),
     ],
     extra_compile_args=FLAGS,
-    depends=HEADERS,
+    depends=[*HEADERS, "csrc/host/bindings.h", "csrc/host/packing.h"],
     language="c++",
 )
 

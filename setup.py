@@ -3,7 +3,7 @@
     pip install -e . --no-build-isolation --no-deps
 
 `megatron_fipo._ops`   tensor operators on LibTorch's stable ABI: no Python, no ATen; loads on every torch from 2.10 on
-`megatron_fipo._host`  pybind11 module for host code: build information and CPU capability; no torch
+`megatron_fipo._host`  pybind11 module for host code: build information, CPU capability, packing; no torch
 """
 
 from pathlib import Path
@@ -39,14 +39,14 @@ operators = CppExtension(
 
 host = Extension(
     "megatron_fipo._host",
-    ["csrc/bindings/host.cpp", "csrc/cpu/capability.cpp"],
+    ["csrc/bindings/host.cpp", "csrc/cpu/capability.cpp", "csrc/host/bindings.cpp", "csrc/host/packing.cpp"],
     include_dirs=[CSRC, pybind11.get_include()],
     define_macros=[
         ("MEGATRON_FIPO_FLAGS", '"' + " ".join(FLAGS) + '"'),
         ("MEGATRON_FIPO_TORCH_TARGET", '"{}.{}"'.format(*TORCH_TARGET)),
     ],
     extra_compile_args=FLAGS,
-    depends=HEADERS,
+    depends=[*HEADERS, "csrc/host/bindings.h", "csrc/host/packing.h"],
     language="c++",
 )
 

@@ -24,6 +24,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.loss import FipoConfig
 from megatron_fipo.model.build import model_provider
+from megatron_fipo.model.cost import CostModel
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_folder import RunFolder
@@ -50,6 +51,7 @@ class Session:
     stream: PromptStream
     collect: CollectSettings
     loss: FipoConfig
+    cost: CostModel
     eval_sets: tuple[EvaluationSet, ...]
     eval_sampling: SamplingParams
     answers: Answers
@@ -146,6 +148,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
             overlong_penalty=args.reward_overlong_penalty,
         ),
         loss=loss,
+        cost=cost_model(args),
         eval_sets=inputs.eval_sets,
         eval_sampling=SamplingParams(args.rollout_max_tokens, 1.0, args.eval_top_p, stop),
         answers=inputs.answers,
@@ -169,6 +172,19 @@ def loss_config(args: argparse.Namespace) -> FipoConfig:
         semantics=args.fipo_semantics,
         normalization=args.loss_normalization,
         sequence_filter=None if fipo else False,
+    )
+
+
+def cost_model(args: argparse.Namespace) -> CostModel:
+    """What a sequence costs on this architecture; dense models."""
+    return CostModel(
+        layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        heads=args.num_attention_heads,
+        kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        vocab_size=args.padded_vocab_size,
     )
 
 

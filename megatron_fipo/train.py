@@ -39,7 +39,12 @@ def train(run: Session, args: argparse.Namespace) -> None:
             rollout = next_rollout(run, args, step, state.contrast_rate)
         advantage_S = group_advantage(rollout.reward_S, rollout.group_ids_S)
         plan = plan_step(
-            rollout.packed_length_S.tolist(), args.global_batch_size, run.replicas.size, args.max_tokens_per_microbatch
+            rollout.packed_length_S.tolist(),
+            args.global_batch_size,
+            run.replicas.size,
+            args.max_tokens_per_microbatch,
+            cost=run.cost,
+            pipeline_stages=args.pipeline_model_parallel_size,
         )
         updates = make_micro_batches(plan, rollout, advantage_S, run.loss, run.replicas)
 

@@ -1,7 +1,8 @@
-// Host code for Python (megatron_fipo._host): what was built and what this CPU runs. No torch.
+// Host code for Python (megatron_fipo._host): what was built, what this CPU runs, packing. No torch.
 #include <pybind11/pybind11.h>
 
 #include "cpu/capability.h"
+#include "host/bindings.h"
 
 namespace py = pybind11;
 
@@ -34,6 +35,7 @@ py::dict cpu_capability() {
 }  // namespace
 
 PYBIND11_MODULE(_host, module) {
+  megatron_fipo::bind_packing(module);
   module.def("build_info", &build_info,
              "{'compiler', 'flags', 'torch_target_version': the oldest torch the operators load on, 'cuda': bool}");
   module.def("cpu_capability", &cpu_capability,

@@ -3,53 +3,63 @@
 Every rank computes the same plan from the same lengths, so nothing but the samples themselves has to move.
 """
 
-import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_fipo._host import pack_step
+from megatron_fipo.model.cost import CostModel
+
 MicroBatch = tuple[int, ...]
-"""Sample numbers of one pack."""
+"""Sample numbers of one pack, ascending. Empty: no sample is left for this replica's turn, and it takes part with a
+dummy pack without a response token, because a collective would hang on a missing one."""
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """One optimizer update: ``micro_batches[replica]`` are the packs of that replica, equally many on each."""
+    """One optimizer update: ``micro_batches[replica]`` are the packs of that replica, equally many on each.
+
+    They run from the costliest to the cheapest, so that a shortage of memory shows at once.
+    """
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
 
 
-def plan_step(lengths_S: Sequence[int], samples_per_update: int, replicas: int, max_tokens: int) -> list[UpdatePlan]:
+def plan_step(
+    lengths_S: Sequence[int],
+    samples_per_update: int,
+    replicas: int,
+    max_tokens: int,
+    *,
+    cost: CostModel,
+    pipeline_stages: int = 1,
+    alignment: int = 1,
+    micro_batch_multiple: int = 1,
+) -> list[UpdatePlan]:
     """Cut the samples, in order, into updates, and spread each update over replicas and micro-batches.
 
-    ``lengths_S`` are packed lengths in tokens. A micro-batch holds at most ``max_tokens``; a longer sequence gets one
-    of its own. Longest-first assignment to the lightest pack keeps packs level; every replica gets the same number of
-    packs, none of them empty (a collective would hang on a missing one).
+    ``lengths_S`` are packed lengths in tokens; each is rounded up to a multiple of ``alignment``, as the packs will be
+    (context parallelism: 2 x its size x the tensor-parallel size). A micro-batch holds at most ``max_tokens``; a longer
+    sequence gets one of its own. ``micro_batch_multiple`` divides a replica's number of micro-batches (an interleaved
+    pipeline wants its number of stages).
+
+    The plan keeps the slowest replica short, whose m micro-batches of cost c take ``sum(c) + (pipeline_stages - 1) *
+    max(c)`` (m equal ones: (m + pipeline_stages - 1) * c), so both the replicas and the packs of one replica are level.
+    It has the fewest micro-batches that the method finds room in, or a few more where those come out uneven. No pack is
+    empty unless there are more packs than samples. The method, in csrc/host/packing.cpp: longest first to the cheapest
+    pack with room (Graham 1969), then exchanges of single sequences with the slowest replica.
+
+    Raises:
+        ValueError: naming the argument that makes no sense.
     """
-    return [
-        _plan_update(range(start, start + samples_per_update), lengths_S, replicas, max_tokens)
-        for start in range(0, len(lengths_S), samples_per_update)
-    ]
-
-
-def _plan_update(samples: range, lengths_S: Sequence[int], replicas: int, max_tokens: int) -> UpdatePlan:
-    longest_first = sorted(samples, key=lambda i: (-lengths_S[i], i))
-    most = len(samples) // replicas  # one sample per pack
-    total = sum(lengths_S[i] for i in samples)
-    for per_replica in range(min(most, math.ceil(total / (replicas * max_tokens))), most + 1):
-        packs: list[list[int]] = [[] for _ in range(per_replica * replicas)]
-        lightest = [(0, k) for k in range(len(packs))]
-        for i in longest_first:
-            tokens, k = heapq.heappop(lightest)
-            packs[k].append(i)
-            heapq.heappush(lightest, (tokens + lengths_S[i], k))
-        if all(len(p) == 1 or sum(lengths_S[i] for i in p) <= max_tokens for p in packs):
-            break
-    # Heaviest packs are dealt first and to the lightest replica, so replicas finish together.
-    by_weight = sorted((tuple(sorted(p)) for p in packs), key=lambda p: (-sum(lengths_S[i] for i in p), p))
-    dealt: list[list[MicroBatch]] = [[] for _ in range(replicas)]
-    for start in range(0, len(by_weight), replicas):
-        order = sorted(range(replicas), key=lambda r: (sum(lengths_S[i] for p in dealt[r] for i in p), r))
-        for replica, pack in zip(order, by_weight[start : start + replicas], strict=True):
-            dealt[replica].append(pack)
-    return UpdatePlan(tuple(tuple(packs_of) for packs_of in dealt))
+    packs = pack_step(
+        lengths_S,
+        samples_per_update,
+        linear=cost.linear,
+        quadratic=cost.quadratic,
+        replicas=replicas,
+        pipeline_stages=pipeline_stages,
+        max_tokens=max_tokens,
+        alignment=alignment,
+        micro_batch_multiple=micro_batch_multiple,
+    )
+    return [UpdatePlan(micro_batches) for micro_batches in packs]

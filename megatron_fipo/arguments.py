@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import os
 import re
-import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,7 +89,6 @@ def _add_algorithm_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-tokens-per-microbatch",
         type=int,
-        default=16384,
         metavar="TOKENS",
         help="budget of one pack; a longer sequence gets one of its own",
     )
@@ -182,6 +181,7 @@ def _platform_defaults() -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_distributed_optimizer": True,
         "save_interval": None,
+        "min_lr": None,  # as --lr
         "override_opt_param_scheduler": True,  # a resumed run may be given more steps
     }
     if torch.cuda.is_available():
@@ -202,6 +202,7 @@ def _platform_defaults() -> dict[str, Any]:
 def _derive(args: argparse.Namespace) -> None:
     """Fill in Megatron's arguments that follow from ours."""
     args.train_iters = args.num_steps  # one learning-rate step per rollout
+    args.min_lr = args.lr if args.min_lr is None else args.min_lr
     args.lr_decay_iters = args.lr_decay_iters or max(args.num_steps, args.lr_warmup_iters + 1)
     args.seq_length = args.max_prompt_tokens + args.rollout_max_tokens
     args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
@@ -212,14 +213,15 @@ def _derive(args: argparse.Namespace) -> None:
 
 def _validate_megatron(args: argparse.Namespace) -> None:
     # Megatron prints as it validates; stdout belongs to the run's own lines and to --dry-run's JSON.
-    with contextlib.redirect_stdout(sys.stderr if args.dry_run else open(os.devnull, "w")):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             args.padded_vocab_size = calculate_padded_vocab_size(
                 args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             )
             megatron_arguments.validate_args(args)
         except AssertionError as error:
-            raise UserError(f"Megatron refuses these flags: {error}") from error
+            failed = traceback.extract_tb(error.__traceback__)[-1].line
+            raise UserError(f"Megatron refuses these flags: {str(error) or failed}") from error
 
 
 def banner(args: argparse.Namespace) -> dict[str, str]:

@@ -14,7 +14,7 @@ from megatron_fipo.loss import FipoConfig, LossStatistics
 from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_data import headline, load_run
 from megatron_fipo.observe.run_folder import RunFolder
-from megatron_fipo.observe.step_metrics import mean_over_updates, policy_metrics, rollout_metrics, throughput
+from megatron_fipo.observe.step_metrics import loss_metrics, policy_metrics, rollout_metrics, throughput
 from megatron_fipo.observe.timers import PhaseTimer
 from megatron_fipo.observe.writers import MetricWriter
 from megatron_fipo.parallel.reduce import reduce_statistics
@@ -58,9 +58,7 @@ class Recorder:
     ) -> None:
         """One finished step; collective over the replicas."""
         statistics = reduce_statistics([statistics for statistics, _ in results], self._replicas)
-        per_update = [
-            {**merged.metrics(), "actor/grad_norm": norm} for merged, (_, norm) in zip(statistics, results, strict=True)
-        ]
+        losses = loss_metrics(statistics, [norm for _, norm in results])
         micro_batches = [batch for update in updates for batch in update]
         policy = policy_metrics(micro_batches, entropy_sum, self._loss, self._replicas)
         if self._writer is None:
@@ -71,19 +69,18 @@ class Recorder:
             "time": time.time(),
             **rollout_metrics(rollout),
             **policy,
-            **mean_over_updates(per_update),
+            **losses,
             "actor/lr": learning_rate,
             **throughput(rollout, times),
             **times,
             **(evaluation.metrics if evaluation else {}),
-            "updates": per_update,
         }
         self._writer.write(metrics)
         self._console.step(metrics)
         if evaluation:
             self._show(evaluation)
 
-    def finish(self, step: int, seed: int, evaluation: Evaluation | None) -> None:
+    def finish(self, step: int, seed: int, evaluation: Evaluation | None, status: str) -> None:
         """Summary, report, and the last words on the console."""
         if self._writer is None:
             return
@@ -102,7 +99,7 @@ class Recorder:
             "train_seconds": sum(run.values("time/step")) - sum(run.values("time/eval")),
             "steps": numbers["steps"],
             "seed": seed,
-            "status": "finished",
+            "status": status,
             "versions": run.environment,
         }
         self._folder.write_summary(summary)

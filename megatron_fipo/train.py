@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -22,21 +23,28 @@ from megatron_fipo.data.batches import make_micro_batches
 from megatron_fipo.data.planning import plan_step
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
+from megatron_fipo.inputs import read_inputs
 from megatron_fipo.loss import group_advantage
-from megatron_fipo.rollout.collect import collect, groups_to_generate
+from megatron_fipo.rollout.collect import OutOfContrast, collect, groups_to_generate
 from megatron_fipo.rollout.replay import read_rollout, write_rollout
 from megatron_fipo.rollout.rollout import Rollout
-from megatron_fipo.session import Session, open_session, read_inputs
+from megatron_fipo.session import Session, open_session
 
 
 def train(run: Session, args: argparse.Namespace) -> None:
-    """The algorithm."""
-    state, evaluation = run.state, None
+    """The algorithm. Raises OutOfContrast, with everything saved, when the prompts have nothing left to teach."""
+    state, saved, evaluation, stopped = run.state, run.state.step, None, None
     if state.step == 0:
         run.recorder.before(evaluate(run))
     for step in range(state.step + 1, args.num_steps + 1):
-        with run.timer("rollout"):
-            rollout = next_rollout(run, args, step, state.contrast_rate)
+        try:
+            with run.timer("rollout"):
+                rollout = next_rollout(run, args, step, state.contrast_rate)
+        except OutOfContrast as error:
+            stopped = error
+            break
+        run.engine.sleep()
+
         advantage_S = group_advantage(rollout.reward_S, rollout.group_ids_S)
         plan = plan_step(
             rollout.packed_length_S.tolist(),
@@ -44,7 +52,6 @@ def train(run: Session, args: argparse.Namespace) -> None:
             run.replicas.size,
             args.max_tokens_per_microbatch,
             cost=run.cost,
-            pipeline_stages=args.pipeline_model_parallel_size,
         )
         updates = make_micro_batches(plan, rollout, advantage_S, run.loss, run.replicas)
 
@@ -56,26 +63,40 @@ def train(run: Session, args: argparse.Namespace) -> None:
             for micro_batches in updates * args.grpo_iterations:
                 results.append(run.policy.update(micro_batches, run.loss))
                 progress.advance()
-        run.engine.update_weights(step)
 
+        run.engine.wake()
+        run.engine.update_weights(step)
         due = step % args.eval_interval == 0 or step == args.num_steps
         evaluation = evaluate(run) if due else None
         run.recorder.step(step, rollout, updates, entropy_sum, results, learning_rate, evaluation)
-        state = checkpoint.LoopState(step, run.stream.cursor, rollout.contrast_rate)
-        if args.save_interval and (step % args.save_interval == 0 or step == args.num_steps):
-            policy = run.policy
-            checkpoint.save(args.save, state, policy.chunks, policy.optimizer, policy.scheduler, args.keep_last)
+        state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
+        if args.save_interval and step % args.save_interval == 0:
+            save(run, args, state)
+            saved = step
+
+    if args.save_interval and saved < state.step:
+        save(run, args, state)
     if args.save_hf:
         save_hf(run.policy.chunks, args.hf_model, args.save_hf)
-    run.recorder.finish(state.step, args.seed, evaluation)
+    run.recorder.finish(state.step, args.seed, evaluation, status="out of contrast" if stopped else "finished")
+    if stopped:
+        raise stopped
+
+
+def save(run: Session, args: argparse.Namespace, state: checkpoint.LoopState) -> None:
+    """Write a checkpoint; its time shows in the next step's metrics, since this step's must be on disk before it."""
+    policy = run.policy
+    with run.timer("checkpoint"):
+        checkpoint.save(args.save, state, policy.chunks, policy.optimizer, policy.scheduler, args.keep_last)
 
 
 def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rate: float) -> Rollout:
     """Generate a step's samples, or read those that ``--rollout-only`` wrote."""
     if args.train_from_rollouts:
-        return read_rollout(args.train_from_rollouts, step, run.replicas)
+        prompts, group_size = args.grpo_prompts_per_step, args.grpo_group_size
+        return read_rollout(args.train_from_rollouts, step, prompts, group_size, run.replicas)
     groups = groups_to_generate(args.grpo_prompts_per_step, contrast_rate, run.collect)
-    with run.console.progress("rollout", round(groups * args.grpo_group_size)) as progress:
+    with run.console.progress("rollout", groups * args.grpo_group_size) as progress:
         return collect(
             run.engine,
             run.stream,
@@ -118,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
             print(json.dumps(batch_arithmetic(args) | inputs.counts(), indent=2))
             return 0
         run = open_session(args, inputs)
-        run.console.banner(banner(args) | {"prompts": inputs.described()})
+        run.console.banner(banner(args) | {"prompts": str(inputs)})
         if args.rollout_only:
             write_rollouts(run, args)
         else:
@@ -126,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
         run.engine.close()
         dist.destroy_process_group()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a node finds the same mistake
             print(f"megatron_fipo: {error}", file=sys.stderr)
         return 2
     return 0

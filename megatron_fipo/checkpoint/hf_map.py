@@ -169,9 +169,5 @@ def _only(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0]
 
 
-def _gate_and_up(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors))
-
-
 def _alone(full: Tensor) -> Sequence[Tensor]:
     return (full,)

@@ -19,18 +19,21 @@ from megatron.training import checkpointing
 from megatron_fipo.errors import UserError
 
 _STATE_FILE = "rl_state.json"
+_TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
 
 
 @dataclass(frozen=True)
 class LoopState:
     """Where the RL loop stands after ``step`` finished steps.
 
-    ``prompt_cursor`` prompts were handed out; ``contrast_rate`` is the last step's share of groups with contrast.
+    ``prompt_cursor`` prompts were handed out by the stream with the fingerprint ``prompts``; ``contrast_rate`` is the
+    last step's share of groups with contrast.
     """
 
     step: int = 0
     prompt_cursor: int = 0
     contrast_rate: float = 1.0
+    prompts: str = ""
 
 
 def save(folder: str, state: LoopState, model: list[Any], optimizer: Any, scheduler: Any, keep_last: int) -> None:
@@ -47,7 +50,8 @@ def save(folder: str, state: LoopState, model: list[Any], optimizer: Any, schedu
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
-        for step in whole_checkpoints(folder)[:-keep_last]:
+        older = [step for step in whole_checkpoints(folder) if step <= state.step]
+        for step in older[:-keep_last]:
             shutil.rmtree(_folder_of(folder, step))
     dist.barrier()
 
@@ -55,22 +59,30 @@ def save(folder: str, state: LoopState, model: list[Any], optimizer: Any, schedu
 def load(folder: str, args: argparse.Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> LoopState:
     """Load the newest whole checkpoint in ``folder``; with ``args.finetune`` its weights only.
 
-    ``args`` are Megatron's global arguments, which its loader reads. Collective over all ranks. Raises UserError if
-    there is no whole checkpoint.
+    ``args`` are Megatron's global arguments, which its loader reads. Collective over all ranks. Raises UserError as
+    :func:`check_loadable`.
     """
     args.load = folder
     if args.finetune:
+        check_loadable(folder, finetune=True)
         checkpointing.load_checkpoint(model, None, None)
+        optimizer.reload_model_params()  # fp32 main copies, where there are any
         return LoopState()
-    steps = whole_checkpoints(folder)
-    if not steps:
+    check_loadable(folder, finetune=False)
+    args.ckpt_step = whole_checkpoints(folder)[-1]
+    checkpointing.load_checkpoint(model, optimizer, scheduler)
+    return LoopState(**json.loads((_folder_of(folder, args.ckpt_step) / _STATE_FILE).read_text()))
+
+
+def check_loadable(folder: str, *, finetune: bool) -> None:
+    """Raises UserError if there is nothing to load: Megatron itself would go on with random weights."""
+    if finetune and not (Path(folder) / _TRACKER).is_file():
+        raise UserError(f"--load {folder} holds no Megatron checkpoint (no {_TRACKER}); give a checkpoints folder")
+    if not finetune and not whole_checkpoints(folder):
         raise UserError(
             f"--load {folder} holds no whole checkpoint (a folder iter_* with {_STATE_FILE}); give a run's checkpoints "
             f"folder, or add --finetune to start from weights alone"
         )
-    args.ckpt_step = steps[-1]
-    checkpointing.load_checkpoint(model, optimizer, scheduler)
-    return LoopState(**json.loads((_folder_of(folder, steps[-1]) / _STATE_FILE).read_text()))
 
 
 def whole_checkpoints(folder: str) -> list[int]:

@@ -1,5 +1,6 @@
 """Prompts: reading, checking, and the endless shuffled stream that training draws from."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,14 +56,14 @@ def read_prompts(paths: Sequence[str], encode: Callable[[str], list[int]]) -> li
 def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not Path(path).is_file():
         raise UserError(f"prompt file {path} does not exist; give an existing JSONL file")
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{path}, row {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line)  # UTF-8, as JSON asks
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise UserError(f"{where}: not JSON ({error}); write one JSON object per line") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a JSON {type(row).__name__}; write one JSON object per line")
@@ -91,6 +92,14 @@ class PromptStream:
         self.seed = seed
         self.cursor = cursor
         self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for streams that hand out the same prompts at the same cursor."""
+        digest = hashlib.sha256(str(self.seed).encode())
+        for prompt in self.prompts:
+            digest.update(repr((prompt.tokens, prompt.answer, prompt.source)).encode())
+        return digest.hexdigest()[:16]
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))

@@ -95,7 +95,8 @@ def _evaluate(
         "accuracy": right / count,
         "length_mean": tokens / count,
         "truncated_fraction": truncated / count,
-        "n": int(count),
+        "n": len(evaluation_set.prompts),
+        "responses": int(count),
     }
     records = [
         answers.record(prompt, completion.tokens, verdict)

@@ -27,6 +27,8 @@ def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON ({error}): download the model again.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}, not an object: download the model again.")
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise UserError(
@@ -45,7 +47,7 @@ def weight_files(hf_dir: str | Path) -> list[Path]:
     folder = Path(hf_dir)
     index = folder / _INDEX
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
     else:
         files = [folder / "model.safetensors"]
         if not files[0].is_file():
@@ -59,6 +61,13 @@ def weight_files(hf_dir: str | Path) -> list[Path]:
         except SafetensorError as error:
             raise UserError(f"{file} is no complete safetensors file ({error}): download it again.") from error
     return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is no safetensors index ({error!r}): download it again.") from error
 
 
 def megatron_arguments(hf_dir: str | Path) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Console:
             parts.append(f"greedy {_percent(get('greedy_accuracy'))}")
         if get("length_mean") is not None:
             parts.append(f"length {get('length_mean'):,.1f}")
-        self._print(Text(f"  {name}: {', '.join(parts)}, {n:,} answers", style="cyan"))
+        self._print(Text(f"  {name}: {', '.join(parts)}, {n:,} problems", style="cyan"))
 
     def finish(self, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], report_path: Path | str) -> None:
         """Accuracy before and after, sampled answers, and where the report lies; `summary` as in summary.json."""

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,13 +65,6 @@ class RunFolder:
         """Make the folder (parents included); an existing one is left as it is."""
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def clear_observations(self) -> None:
-        """Remove what an earlier run of this name wrote, except its checkpoints: for a start from scratch."""
-        for file in (self.metrics, self.samples, self.summary, self.report, self.arguments, self.environment):
-            file.unlink(missing_ok=True)
-        if self.tensorboard.exists():
-            shutil.rmtree(self.tensorboard)
-
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_json(self.summary, summary)
 
@@ -87,12 +79,14 @@ class RunFolder:
         """Drop the lines of metrics.jsonl and samples.jsonl that belong to steps after `step`, before a resume there.
 
         A run killed between the metrics of step k+1 and its checkpoint repeats step k+1; without this the step would
-        stand in the files twice. A damaged line (a write cut short) has no step and goes too.
+        stand in the files twice. A damaged line (a write cut short) has no step and goes too, as do the answers after
+        training, which the end of the continued run gives anew.
         """
         for file in (self.metrics, self.samples):
             if file.exists():
                 rows, _ = read_jsonl(file)
-                write_text(file, "".join(to_json_line(row) for row in rows if row["step"] <= step))
+                kept = (row for row in rows if row["step"] <= step and row.get("when") != "after")
+                write_text(file, "".join(map(to_json_line, kept)))
 
 
 def write_text(path: Path, text: str) -> None:

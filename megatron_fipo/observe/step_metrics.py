@@ -1,5 +1,6 @@
 """The numbers of one training step, exact over replicas and micro-batches."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.data.packing import PackedBatch
-from megatron_fipo.loss import FipoConfig
+from megatron_fipo.loss import FipoConfig, LossStatistics
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.rollout import Rollout
 
@@ -65,14 +66,22 @@ def _engine_gap(batch: PackedBatch) -> Tensor:
     return (batch.old_logp_T - batch.rollout_logp_T)[batch.response_mask_T].double()
 
 
-def mean_over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """A step's value of each per-update metric."""
-    return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
+def loss_metrics(updates: Sequence[LossStatistics], grad_norms: Sequence[float]) -> dict[str, Any]:
+    """Of the whole step, its updates merged (the gradient norm: their mean), and of each update under "updates"."""
+    whole = functools.reduce(LossStatistics.merge, updates)
+    return {
+        **whole.metrics(),
+        "actor/grad_norm": sum(grad_norms) / len(grad_norms),
+        "updates": [
+            {**update.metrics(), "actor/grad_norm": norm} for update, norm in zip(updates, grad_norms, strict=True)
+        ],
+    }
 
 
-def throughput(rollout: Rollout, times: dict[str, float]) -> dict[str, Any]:
-    """Tokens per second of the whole step, over all replicas."""
-    generated, seconds = rollout.generated, times["time/step"]
+def throughput(rollout: Rollout, times: dict[str, float]) -> dict[str, float]:
+    """Tokens per second of rollout and training together, over all replicas; evaluation and saving left out."""
+    generated = rollout.generated
+    seconds = times["time/step"] - times.get("time/eval", 0.0) - times.get("time/checkpoint", 0.0)
     return {
         "perf/response_tokens_per_second": generated.response_tokens.sum().item() / seconds,
         "perf/total_tokens_per_second": generated.tokens.sum().item() / seconds,

@@ -29,6 +29,10 @@ _OVERSAMPLING = 3.0
 """A batch never exceeds this many times the groups still missing (DAPO's gen_batch_size / train_batch_size)."""
 
 
+class OutOfContrast(UserError):
+    """The generation batches of a step did not bring enough groups with right and wrong answers."""
+
+
 @dataclass(frozen=True)
 class CollectSettings:
     """What a step's rollout consists of."""
@@ -57,8 +61,8 @@ def collect(
     """Generate until ``settings.prompts_per_step`` groups are kept.
 
     ``version`` labels the weights that generate. ``contrast_rate`` is the share of groups expected to be kept (the last
-    step's); it sizes the first batch so that one is usually enough. Raises UserError when ``settings.max_batches``
-    batches do not bring enough contrast.
+    step's); it sizes the first batch so that one is usually enough. Raises OutOfContrast after
+    ``settings.max_batches`` batches that did not bring enough.
     """
     needed = settings.prompts_per_step
     own: dict[int, list[Sample]] = {}
@@ -66,14 +70,11 @@ def collect(
     kept: list[int] = []
     first_visit = stream.cursor
     for batch in range(1, settings.max_batches + 1):
-        share = math.ceil(groups_to_generate(needed - len(kept), contrast_rate, settings) / replicas.size)
-        mine = stream.take(share * replicas.size)[replicas.rank :: replicas.size]
+        count = groups_to_generate(needed - len(kept), contrast_rate, settings)
+        mine = stream.take(count)[replicas.rank :: replicas.size]
         groups = _generate(engine, mine, verify, settings, version, on_finished)
         own.update((visit, [sample for sample, _ in group]) for (visit, _), group in zip(mine, groups, strict=True))
-        rows = [[GeneratedSamples.row(sample, failed) for sample, failed in group] for group in groups]
-        shares = gather_rows(torch.tensor(rows, dtype=torch.float64, device=replicas.device), replicas.group).cpu()
-        # Replica r generated every size-th prompt from r on: interleave the shares to restore the order of the prompts.
-        tables.append(shares.unflatten(0, (replicas.size, share)).transpose(0, 1).flatten(0, 1))
+        tables.append(_gathered(groups, count, settings.group_size, replicas))
 
         table = torch.cat(tables)
         contrast = has_contrast(table)
@@ -82,16 +83,27 @@ def collect(
         if len(kept) == needed:
             return Rollout.of(table, kept, first_visit, own, batch)
     accuracy = GeneratedSamples.of(table).correct.mean().item()
-    raise UserError(
+    raise OutOfContrast(
         f"only {len(kept)} of {needed} groups hold both right and wrong answers after {batch} generation batches "
         f"(accuracy {accuracy:.3f}); use prompts nearer to the model's level, raise --rollout-max-batches, or lower "
         f"--grpo-prompts-per-step"
     )
 
 
-def groups_to_generate(missing: int, contrast_rate: float, settings: CollectSettings) -> float:
+def groups_to_generate(missing: int, contrast_rate: float, settings: CollectSettings) -> int:
     """Groups that should bring ``missing`` ones with contrast, if the rate holds."""
-    return missing / max(contrast_rate, 1 / _OVERSAMPLING) if settings.dynamic_sampling else missing
+    return math.ceil(missing / max(contrast_rate, 1 / _OVERSAMPLING)) if settings.dynamic_sampling else missing
+
+
+def _gathered(groups: list[list[tuple[Sample, bool]]], count: int, group_size: int, replicas: Replicas) -> Tensor:
+    """The rows of all ``count`` groups in the order of their prompts, fp64 [count, group_size, columns]."""
+    share = math.ceil(count / replicas.size)
+    rows = torch.zeros(share, group_size, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
+    for i, group in enumerate(groups):
+        rows[i] = torch.tensor([GeneratedSamples.row(sample, failed) for sample, failed in group])
+    shares = gather_rows(rows.to(replicas.device), replicas.group).cpu()
+    # Replica r generated every size-th prompt from r on; the padding of the last, uneven round ends up behind.
+    return shares.unflatten(0, (replicas.size, share)).transpose(0, 1).flatten(0, 1)[:count]
 
 
 def _generate(

@@ -5,6 +5,7 @@
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,10 @@ def write_rollout(folder: str, step: int, rollout: Rollout, replicas: Replicas) 
     """Write the kept samples of one step. Collective over the replicas."""
     target = _folder_of(folder, step)
     partial = target.with_suffix(".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    if replicas.leads and replicas.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+        partial.mkdir(parents=True)
+    dist.barrier(replicas.group)
     if replicas.leads:
         save_file(_columns(list(rollout.held.values())), partial / f"replica_{replicas.rank:05d}.safetensors")
     if replicas.leads and replicas.rank == 0:
@@ -42,14 +46,23 @@ def write_rollout(folder: str, step: int, rollout: Rollout, replicas: Replicas) 
         os.replace(partial, target)
 
 
-def read_rollout(folder: str, step: int, replicas: Replicas) -> Rollout:
-    """Read one step; each replica takes every size-th group, whoever generated it. Raises UserError without it."""
+def read_rollout(folder: str, step: int, prompts: int, group_size: int, replicas: Replicas) -> Rollout:
+    """Read one step; each replica takes every size-th group, whoever generated it.
+
+    Raises UserError if the step is not there or holds other than ``prompts`` groups of ``group_size`` samples.
+    """
     source = _folder_of(folder, step)
     if not source.is_dir():
         raise UserError(
             f"--train-from-rollouts {folder} has no {source.name}; lower --num-steps or write more rollouts"
         )
     numbers = load_file(source / "table.safetensors")
+    written = len(numbers["kept"]), numbers["table"].shape[1]
+    if written != (prompts, group_size):
+        raise UserError(
+            f"{source} holds {written[0]} prompts x {written[1]} samples; set --grpo-prompts-per-step {written[0]} and "
+            f"--grpo-group-size {written[1]}"
+        )
     groups: dict[int, list[Sample]] = {}
     for path in sorted(source.glob("replica_*.safetensors")):
         for sample in _samples(load_file(path)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ class GeneratedSamples:
 
     ``tokens`` counts prompt and response; ``correct``, ``truncated``, ``verifier_failed`` are 0 or 1.
     """
+
+    COLUMNS: ClassVar = ("tokens", "response_tokens", "reward", "correct", "truncated", "verifier_failed")
 
     tokens: Tensor
     response_tokens: Tensor
@@ -32,11 +35,8 @@ class GeneratedSamples:
 
     @classmethod
     def of(cls, table: Tensor) -> "GeneratedSamples":
-        """From rows, fp64 [..., 6]."""
+        """From rows, fp64 [..., columns]."""
         return cls(*table.flatten(0, -2).unbind(-1))
-
-
-CORRECT_COLUMN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Rollout:
     response_tokens_S  int64
     reward_S           fp32
     group_ids_S        int64
-    table              fp64 [generated groups, group size, 6], every generated sample
+    table              fp64 [generated groups, group size, columns], every generated sample
     kept               the table's groups that are trained on
     first_visit        the visit number of the table's first group
     batches            generation batches that it took
@@ -106,5 +106,5 @@ class Rollout:
 
 def has_contrast(table: Tensor) -> Tensor:
     """bool [groups]: the group holds right and wrong answers (correctness, not reward, as DAPO's dynamic sampling)."""
-    right = table[..., CORRECT_COLUMN].sum(1)
+    right = table[..., GeneratedSamples.COLUMNS.index("correct")].sum(1)
     return (right > 0) & (right < table.shape[1])

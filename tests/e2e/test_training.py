@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_fipo.checkpoint.state import whole_checkpoints
+
 STEPS = 4
 SMALL = """
     --preset quickstart --grpo-prompts-per-step 8 --grpo-group-size 8 --global-batch-size 16 --rollout-max-tokens 12
-    --max-tokens-per-microbatch 128 --lr 1e-3 --min-lr 1e-3 --lr-warmup-iters 0 --eval-interval 2 --seed 3
+    --max-tokens-per-microbatch 128 --lr 1e-3 --lr-warmup-iters 0 --eval-interval 2 --seed 3
 """
 
 
@@ -70,10 +72,37 @@ def test_the_first_update_of_every_rollout_has_ratios_of_exactly_one(whole):
         assert all(update["fipo/active_fraction"] > 0 for update in later)
 
 
-def test_training_follows_the_reward(whole):
-    """With this learning rate four steps are enough to see that the gradient has the right sign."""
-    accuracy = [row["reward/accuracy"] for row in rows(whole[0])[1:]]
-    assert accuracy[-1] > accuracy[0]
+def test_it_learns(trained_base, tmp_path):
+    """Two prompts, 64 samples each: from guessing to knowing both answers. A wrong sign or mask would not."""
+    two = tmp_path / "two.jsonl"
+    two.write_text("".join((trained_base / "train.jsonl").read_text().splitlines(keepends=True)[:2]))
+    flags = ("--run-name", "run", "--num-steps", 20, "--grpo-prompts-per-step", 2, "--grpo-group-size", 64)
+    flags += ("--global-batch-size", 64, "--lr", 2e-3, "--no-rollout-dynamic-sampling", "--prompt-data", two)
+    finished(train(2, tmp_path, trained_base, *flags, "--eval-data", f"both:{two}:64"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["accuracy_before"] < 0.2 and summary["accuracy_after"] > 0.6
+    assert summary["active_fraction_mean"] > 0.05
+
+
+def test_prompts_without_contrast_end_a_run_with_all_it_has(trained_base, tmp_path):
+    flags = ("--run-name", "run", "--num-steps", 2, "--rollout-max-batches", 1, "--save-hf", tmp_path / "hf")
+    process = train(1, tmp_path, trained_base, *flags)
+    assert process.returncode != 0
+    assert "megatron_fipo: only " in process.stderr and "groups hold both right and wrong" in process.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "out of contrast"
+    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_finetune_takes_the_weights_alone(whole, trained_base, tmp_path):
+    """In bf16 the optimizer trains fp32 copies of the weights, which must be those of the checkpoint too."""
+    run, _ = whole
+    flags = ("--run-name", "next", "--num-steps", 1, "--load", run / "checkpoints", "--finetune", "--bf16")
+    flags += ("--lr", 1e-9, "--save-hf", tmp_path / "hf")
+    finished(train(1, tmp_path, trained_base, *flags))
+    assert [row["step"] for row in rows(tmp_path / "next")] == [0, 1]
+    before, after = (load_file(folder / "hf" / "model.safetensors") for folder in (run.parent, tmp_path))
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name].float(), weight, rtol=1e-2, atol=1e-3)
 
 
 def test_engine_and_trainer_agree_on_log_probs(whole):
@@ -86,7 +115,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, trained_b
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / f"iter_{STEPS:07d}" / "rl_state.json").unlink()  # killed before the last checkpoint was whole
     flags = ("--run-name", "run", "--num-steps", STEPS, "--load", checkpoints, "--save-hf", tmp_path / "hf")
-    finished(train(2, tmp_path, trained_base, *flags))
+    finished(train(2, tmp_path, trained_base, *flags, "--save-interval", 2, "--keep-last", 1))
+    assert whole_checkpoints(str(checkpoints)) == [STEPS]
     assert [*map(without_clock, rows(tmp_path / "run"))] == [*map(without_clock, rows(run))]
     expected = load_file(run.parent / "hf" / "model.safetensors")
     resumed = load_file(tmp_path / "hf" / "model.safetensors")

@@ -1,6 +1,7 @@
 """Flags: presets, precedence, the batch arithmetic, and mistakes that are told before anything starts."""
 
 import json
+import shutil
 
 import pytest
 
@@ -28,6 +29,12 @@ PUBLISHED = {
         "max_response_tokens": 20480, "overlong_buffer": 4096, "loss": "dapo",
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch, tmp_path_factory):
+    """So that no run of the developer's lies in the way."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
 def dry_run(capsys, *flags: object) -> dict:
@@ -80,7 +87,21 @@ def test_a_model_and_its_data_are_checked(capsys, trained_base):
         (["--global-batch-size", "8192"], ["one update per rollout", "at most 4096", "--allow-inactive-fipo"]),
         (["--global-batch-size", "16384"], ["--global-batch-size 16384", "8192"]),
         (["--num-steps", "0"], ["--num-steps 0"]),
-        (["--fipo-half-life", "-1"], ["--fipo-half-life -1"]),
+        (["--global-batch-size", "0"], ["--global-batch-size 0"]),
+        (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0"]),
+        (["--eval-interval", "0"], ["--eval-interval 0"]),
+        (["--keep-last", "0"], ["--keep-last 0"]),
+        (["--max-tokens-per-microbatch", "0"], ["--max-tokens-per-microbatch 0"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--fipo-dual-clip", "1"], ["dual_clip", "1.0"]),
+        (["--fipo-half-life", "nan"], ["half_life", "nan"]),
+        (["--grpo-clamp-eps-lower", "1"], ["clip_low", "1.0"]),
+        (["--rollout-temperature", "nan"], ["--rollout-temperature nan"]),
+        (["--exit-duration-in-mins", "3"], ["--exit-duration-in-mins", "--num-steps"]),
+        (["--wandb-project", "x"], ["--wandb-project", "metrics.jsonl"]),
+        (["--fp16"], ["--fp16", "--bf16"]),
+        (["--async-save"], ["--async-save"]),
+        (["--fipo-half-life", "-1"], ["half_life", "-1.0"]),
         (["--fipo-weight-low", "1.5"], ["--fipo-weight-low 1.5"]),
         (["--rollout-temperature", "0"], ["--rollout-temperature 0"]),
         (["--reward-overlong-buffer", "30000"], ["--reward-overlong-buffer 30000", "--rollout-max-tokens 20480"]),
@@ -119,11 +140,56 @@ def test_mistakes_about_model_and_data(capsys, trained_base, tmp_path):
     assert "did you mean 'reasoning_gym/chain_sum'" in mistake(capsys, *model, "--prompt-data", bad)
 
 
-def test_a_run_with_checkpoints_is_not_overwritten(capsys, trained_base, tmp_path):
-    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
-    flags = ("--hf-model", trained_base, "--prompt-data", trained_base / "train.jsonl", "--preset", "quickstart")
-    message = mistake(capsys, *flags, "--runs-dir", tmp_path, "--run-name", "old")
-    assert "already holds checkpoints" in message and "--load" in message
+@pytest.fixture
+def data(trained_base) -> tuple[object, ...]:
+    return "--hf-model", trained_base, "--prompt-data", trained_base / "train.jsonl", "--preset", "quickstart"
+
+
+def test_a_run_is_never_started_over(capsys, data, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    message = mistake(capsys, *data, "--runs-dir", tmp_path, "--run-name", "old")
+    assert "already holds a run" in message and "--load" in message
+    (tmp_path / "old" / "checkpoints").mkdir()
+    (tmp_path / "old" / "checkpoints" / "latest_checkpointed_iteration.txt").touch()
+    own = ("--runs-dir", tmp_path, "--run-name", "old", "--load", tmp_path / "old" / "checkpoints")
+    assert "already holds a run" in mistake(capsys, *data, *own, "--finetune")
+
+
+def test_folders_are_checked_before_the_start(capsys, data, trained_base, tmp_path):
+    assert "no Megatron checkpoint" in mistake(capsys, *data, "--load", tmp_path, "--finetune")
+    assert "no whole checkpoint" in mistake(capsys, *data, "--load", tmp_path, "--dry-run")
+    assert "--run-name" in mistake(capsys, *data, "--run-name", "a/b")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    assert "no Hugging Face folder" in mistake(capsys, *data, "--save-hf", tmp_path / "full")
+    assert "starts from" in mistake(capsys, *data, "--save-hf", trained_base)
+    (tmp_path / "rollouts" / "step_0000001").mkdir(parents=True)
+    assert "already holds rollouts" in mistake(capsys, *data, "--rollout-only", tmp_path / "rollouts")
+    twice = f"a:{trained_base / 'heldout.jsonl'}:1"
+    assert "'a' twice" in mistake(capsys, *data, "--eval-data", twice, twice)
+    assert "NAME:PATH:N" in mistake(capsys, *data, "--eval-data", f"a/b:{trained_base / 'heldout.jsonl'}:1")
+
+
+def test_half_a_model_is_named(capsys, data, trained_base, tmp_path):
+    for name, content, words in (
+        ("tokenizer.json", "{", "tokenizer cannot be read"),
+        ("config.json", "[]", "config.json holds a list"),
+        ("model.safetensors.index.json", "{}", "no safetensors index"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(trained_base, folder)
+        (folder / name).write_text(content)
+        assert words in mistake(capsys, *data, "--hf-model", folder, "--dry-run")
+
+
+def test_a_model_without_end_of_sequence_is_refused(capsys, data, trained_base, tmp_path):
+    shutil.copytree(trained_base, tmp_path / "model")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        config = json.loads((trained_base / name).read_text())
+        config = {key: value for key, value in config.items() if not key.startswith("eos_token")}
+        (tmp_path / "model" / name).write_text(json.dumps(config))
+    assert "no end-of-sequence token" in mistake(capsys, *data, "--hf-model", tmp_path / "model", "--dry-run")
 
 
 def test_loading_from_a_folder_without_a_whole_checkpoint_says_so(tmp_path):

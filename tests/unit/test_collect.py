@@ -11,7 +11,7 @@ from megatron_fipo.data.prompts import PromptStream, read_prompts
 from megatron_fipo.errors import UserError
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.answers import Answers
-from megatron_fipo.rollout.collect import CollectSettings, collect
+from megatron_fipo.rollout.collect import CollectSettings, OutOfContrast, collect
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.replay import read_rollout, write_rollout
@@ -75,7 +75,7 @@ def test_the_expected_rate_saves_batches(run):
 
 
 def test_it_gives_up_with_a_reason(run):
-    with pytest.raises(UserError, match=r"only \d of 6 groups .* after 1 generation batches .accuracy 0\.\d+"):
+    with pytest.raises(OutOfContrast, match=r"only \d of 6 groups .* after 1 generation batches .accuracy 0\.\d+"):
         run(max_batches=1)
 
 
@@ -94,7 +94,7 @@ def test_long_responses_cost_reward(run):
 def test_a_rollout_survives_the_disk(run, tmp_path):
     rollout, _, _ = run()
     write_rollout(str(tmp_path), 3, rollout, Replicas.current())
-    again = read_rollout(str(tmp_path), 3, Replicas.current())
+    again = read_rollout(str(tmp_path), 3, 6, 8, Replicas.current())
     for name in ("packed_length_S", "response_tokens_S", "reward_S", "group_ids_S", "table"):
         assert torch.equal(getattr(again, name), getattr(rollout, name)), name
     assert (again.kept, again.batches, again.first_visit) == (rollout.kept, rollout.batches, rollout.first_visit)
@@ -102,4 +102,15 @@ def test_a_rollout_survives_the_disk(run, tmp_path):
         for name, value in vars(sample).items():
             assert np.array_equal(getattr(again.held[number], name), value), name
     with pytest.raises(UserError, match="step_0000004"):
-        read_rollout(str(tmp_path), 4, Replicas.current())
+        read_rollout(str(tmp_path), 4, 6, 8, Replicas.current())
+    with pytest.raises(UserError, match="6 prompts x 8 samples; set --grpo-prompts-per-step 6"):
+        read_rollout(str(tmp_path), 3, 6, 4, Replicas.current())
+
+
+def test_what_a_killed_writer_left_is_not_read(run, tmp_path):
+    rollout, _, _ = run()
+    left = tmp_path / "step_0000001.partial"
+    left.mkdir()
+    (left / "replica_00007.safetensors").write_bytes(b"half")
+    write_rollout(str(tmp_path), 1, rollout, Replicas.current())
+    assert len(read_rollout(str(tmp_path), 1, 6, 8, Replicas.current()).held) == 48

@@ -71,6 +71,13 @@ def test_each_epoch_holds_every_prompt_once_in_an_order_of_its_own():
     assert [p for _, p in PromptStream(prompts, seed=2).take(7)] != epochs[0]
 
 
+def test_a_fingerprint_tells_streams_apart(tmp_path):
+    prompts = read_prompts([write(tmp_path / "d.jsonl", GOOD, GOOD | {"prompt": "1+1+1="})], encode)
+    same, seed, fewer = PromptStream(prompts, 1, cursor=7), PromptStream(prompts, 2), PromptStream(prompts[:1], 1)
+    assert same.fingerprint == PromptStream(prompts, 1).fingerprint
+    assert len({same.fingerprint, seed.fingerprint, fewer.fingerprint}) == 3
+
+
 def test_a_stream_continues_at_its_cursor():
     whole, half = PromptStream(list(range(5)), seed=3), PromptStream(list(range(5)), seed=3)
     expected = whole.take(12)

@@ -8,8 +8,10 @@ PACKAGE = Path(__file__).parents[2] / "megatron_fipo"
 LAYERS = (
     {"train"},
     {"session", "recorder", "report", "doctor"},
+    {"inputs"},
     {"arguments"},
     {"validation"},
+    {"settings"},
     {"rollout", "rewards", "checkpoint", "model", "data", "evaluation", "observe", "presets"},
     {"loss", "parallel"},
     {"ops"},

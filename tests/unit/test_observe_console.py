@@ -78,7 +78,7 @@ def test_one_line_per_step_under_one_header(plain):
 
 def test_result(plain):
     assert "23.4 % -> 55.8 %  (+32.3 points)" in plain
-    assert "sampled 23.4 % (95 % CI 20.9-26.1), greedy 15.0 %, length 14.2, 1,024 answers" in plain
+    assert "sampled 23.4 % (95 % CI 20.9-26.1), greedy 15.0 %, length 14.2, 1,024 problems" in plain
     assert r"#4[red]\x1b[31m\n  [wrong, answer 3]" in plain  # neither markup nor control codes of an answer act
     assert "7+1=8;8-3=5;5-2=3#3  [right]" in plain
     assert plain.rstrip().endswith("runs/quickstart/report.html")

@@ -66,17 +66,6 @@ def test_json_has_no_nan_and_text_for_unknown_types(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail) == {"nan": None, "list": [None, 1.5], "dtype": "torch.bfloat16"}
 
 
-def test_clear_keeps_checkpoints(tmp_path):
-    folder = RunFolder(tmp_path, "a")
-    folder.checkpoints.mkdir(parents=True)
-    (folder.checkpoints / "weights").touch()
-    (folder.tensorboard / "steps").mkdir(parents=True)
-    folder.metrics.touch()
-    folder.clear_observations()
-    assert [path.name for path in folder.path.iterdir()] == ["checkpoints"]
-    assert (folder.checkpoints / "weights").exists()
-
-
 def test_environment_tells_versions_and_machine(tmp_path):
     import torch
 

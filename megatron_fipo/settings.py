@@ -1,0 +1,56 @@
+"""Typed settings from the parsed flags."""
+
+import argparse
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.loss import FipoConfig
+from megatron_fipo.model.cost import CostModel
+from megatron_fipo.rollout.collect import CollectSettings
+from megatron_fipo.rollout.engine import SamplingParams
+
+
+def loss_config(args: argparse.Namespace) -> FipoConfig:
+    """The loss's settings. Raises UserError for a value out of range."""
+    fipo = args.loss == "fipo"
+    try:
+        return FipoConfig(
+            half_life=args.fipo_half_life,
+            weight_low=args.fipo_weight_low if fipo else 1.0,
+            weight_high=args.fipo_weight_high if fipo else 1.0,
+            safety_threshold=args.fipo_safety_threshold,
+            dual_clip=args.fipo_dual_clip,
+            clip_low=args.grpo_clamp_eps_lower,
+            clip_high=args.grpo_clamp_eps_upper,
+            semantics=args.fipo_semantics,
+            normalization=args.loss_normalization,
+            sequence_filter=None if fipo else False,
+        )
+    except ValueError as error:
+        raise UserError(f"--fipo-* and --grpo-clamp-eps-*: {error}") from error
+
+
+def cost_model(args: argparse.Namespace) -> CostModel:
+    """What a sequence costs on this architecture; dense models."""
+    return CostModel(
+        layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        heads=args.num_attention_heads,
+        kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        vocab_size=args.padded_vocab_size,
+    )
+
+
+def collect_settings(args: argparse.Namespace, stop_token_ids: tuple[int, ...]) -> CollectSettings:
+    """What a step's rollout consists of. Training samples are drawn from the whole distribution (top-p 1)."""
+    return CollectSettings(
+        prompts_per_step=args.grpo_prompts_per_step,
+        group_size=args.grpo_group_size,
+        sampling=SamplingParams(args.rollout_max_tokens, args.rollout_temperature, 1.0, stop_token_ids),
+        seed=args.seed,
+        dynamic_sampling=args.rollout_dynamic_sampling,
+        max_batches=args.rollout_max_batches,
+        overlong_buffer=args.reward_overlong_buffer,
+        overlong_penalty=args.reward_overlong_penalty,
+    )

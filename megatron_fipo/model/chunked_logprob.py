@@ -54,7 +54,7 @@ def log_probs_of_labels(
         with_entropy: also compute the entropy of each row's distribution.
         group: tensor-parallel group over which the vocabulary is cut in equal shards; None for one process.
         add_to_main_grad: add the weight's gradient to `weight_VH.main_grad` in that buffer's precision, as Megatron's
-            `gradient_accumulation_fusion` does, instead of returning it to autograd. Only the tiled path does so.
+            `gradient_accumulation_fusion` does, instead of returning it to autograd.
         tile_bytes: bound on the fp32 logits alive at once.
 
     Returns:
@@ -64,7 +64,9 @@ def log_probs_of_labels(
     rows, first = hidden_RH.size(0), rank * weight_VH.size(0)
     columns = min(max(vocab_size - first, 0), weight_VH.size(0))
     height, width = tile_shape(rows, columns, tile_bytes)
-    if size == 1 and (height, width) == (rows, columns) and weight_VH.dtype == torch.float32:
+    one_tile = (height, width) == (rows, columns)
+    # DDP drops all of a step's gradients for a weight that is marked as added to main_grad once: no mixing.
+    if one_tile and size == 1 and weight_VH.dtype == torch.float32 and not add_to_main_grad:
         return _from_whole_logits(hidden_RH, weight_VH, labels_R, columns, temperature, with_entropy)
     head = _Head(
         rows=_blocks(rows, height),
@@ -80,8 +82,8 @@ def tile_shape(rows: int, columns: int, tile_bytes: int) -> tuple[int, int]:
     """Height and width of the tiles of a [rows, columns] matrix of fp32 logits.
 
     As square as the matrix allows, because operands moved grow with height + width and arithmetic with their product;
-    of nearly equal size, so that no sliver is left over. A side that is cut is a multiple of ALIGNMENT: `tile_bytes`
-    below 4 * ALIGNMENT**2 act as that.
+    cut evenly, as far as the alignment allows. A side that is cut is a multiple of ALIGNMENT: `tile_bytes` below
+    4 * ALIGNMENT**2 act as that.
     """
     elements = max(tile_bytes // 4, ALIGNMENT**2)
     height = _even_part(rows, max(math.isqrt(elements), elements // max(columns, 1)))

@@ -65,7 +65,7 @@ def packed_log_probs(
         response_R = batch.response_mask_T.nonzero()[:, 0]
         logp_R, entropy_R = log_probs_of_labels(
             _rows_of_all_shards(hidden_states, response_R, output_layer, config),
-            _ready_weight(output_layer) if output_weight is None else output_weight,
+            _ready_weight(output_layer, output_weight),
             labels[0].index_select(0, response_R),
             vocab_size=vocab_size,
             temperature=temperature,
@@ -101,11 +101,12 @@ def _rows_of_all_shards(hidden_states: Tensor, rows_R: Tensor, output_layer: Any
     return copy_to_tensor_model_parallel_region(hidden_states[:, 0].index_select(0, rows_R), group=group)
 
 
-def _ready_weight(output_layer: Any) -> Tensor:
+def _ready_weight(output_layer: Any, tied_weight: Tensor | None) -> Tensor:
     """The weight of an output layer that is used without calling the layer.
 
-    With `--overlap-param-gather` DDP finishes the weight's all-gather in a hook that runs before the layer does.
+    With `--overlap-param-gather` DDP finishes the weight's all-gather in a hook that runs before the layer does; a tied
+    weight, too, belongs to the layer if the embedding is on another pipeline stage.
     """
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, ())
-    return output_layer.weight
+    return output_layer.weight if tied_weight is None else tied_weight

@@ -152,26 +152,26 @@ def check_layout(hf_dir: str, expected, tp: int = 1, pp: int = 1, flags: str = "
             close(gradient, gradients[name], 5e-6, f"gradient of {name}")
 
 
-def check_overlapped_gather(hf_dir: str):
+def check_overlapped_gather(hf_dir: str, pp: int = 1, flags: str = ""):
     """The output layer's weight is read after its all-gather has ended, though the layer is never called."""
     found = []
     for overlap in (False, True):
-        with model_parallel():
+        with model_parallel(pp=pp):
             model = wrap(
-                build(hf_dir), use_distributed_optimizer=True, bucket_size=4096,
-                overlap_grad_reduce=True, overlap_param_gather=overlap,
+                build(hf_dir, f"--pipeline-model-parallel-size {pp} {flags}"), bucket_size=4096,
+                use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=overlap,
             )  # fmt: skip
             settings = OptimizerConfig(lr=1e-2, use_distributed_optimizer=True, overlap_param_gather=overlap)
             optimizer = get_megatron_optimizer(settings, [model])
             share = micro_batches()
             for _ in range(3):
                 optimizer.zero_grad()
-                logp_T = run(model, share)[1]
+                logp = run(model, share)
                 assert optimizer.step()[0]
-            found.append(logp_T)
+            found.append(logp)
             if overlap:
                 model.disable_forward_pre_hook()
-    assert torch.equal(*found), "overlapped parameter gather changes log-probs"
+    assert all(map(torch.equal, *found)), "overlapped parameter gather changes log-probs"
 
 
 def check_empty_shard_and_empty_rows():
@@ -207,6 +207,7 @@ def main():
     dist.init_process_group("gloo")
     folders = dict(zip(("tied", "untied"), sys.argv[1:], strict=True))
     expected = {kind: reference(folder) for kind, folder in folders.items()}
+    pipeline = dict(pp=2, flags="--decoder-first-pipeline-num-layers 2")
     layouts = {
         "TP2": dict(tp=2),
         "TP2 SP": dict(tp=2, flags="--sequence-parallel"),
@@ -214,7 +215,7 @@ def main():
         "DP2": dict(),
         "DP2 overlapped": dict(overlap_grad_reduce=True),
         "DP2 overlapped fused": dict(overlap_grad_reduce=True, fused=True),
-        "PP2": dict(pp=2, flags="--decoder-first-pipeline-num-layers 2"),
+        "PP2": pipeline,
     }
     cases = {
         f"{layout} {kind}": lambda kind=kind, settings=settings: check_layout(folders[kind], expected[kind], **settings)
@@ -222,6 +223,7 @@ def main():
         for kind in folders
     }
     cases["overlapped parameter gather"] = lambda: check_overlapped_gather(folders["untied"])
+    cases["overlapped parameter gather PP2"] = lambda: check_overlapped_gather(folders["tied"], **pipeline)
     cases["empty"] = check_empty_shard_and_empty_rows
     for name, case in cases.items():
         try:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = 16
+CASES = 17
 
 
 def test_every_layout_agrees_with_one_process(hf_model):

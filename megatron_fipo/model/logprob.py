@@ -1,20 +1,31 @@
-"""Log-probs of a packed batch under the policy."""
+"""Log-probs of a packed batch under the policy, without the logits of the batch."""
 
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_fipo.data.packing import PackedBatch
+from megatron_fipo.model.chunked_logprob import TILE_BYTES, log_probs_of_labels
 
 
 def packed_log_probs(
-    model: torch.nn.Module, batch: PackedBatch, *, temperature: float, vocab_size: int, with_entropy: bool = False
+    model: torch.nn.Module,
+    batch: PackedBatch,
+    *,
+    temperature: float,
+    vocab_size: int,
+    with_entropy: bool = False,
+    tile_bytes: int = TILE_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log p(labels_T[t] | the tokens of its sequence up to t), by one forward pass.
+    """log p(labels_T[t] | the tokens of its sequence up to t) for response tokens, by one forward pass.
 
-    The same batch gives bitwise equal log-probs with and without gradients.
+    The same batch gives bitwise equal log-probs with and without gradients, and with and without entropy.
 
     Args:
         model: the GPTModel, or its distributed wrapper.
@@ -22,9 +33,12 @@ def packed_log_probs(
         temperature: logits are divided by it.
         vocab_size: real vocabulary; the padded rows behind it take no probability.
         with_entropy: also return the entropy of each position's distribution.
+        tile_bytes: bound on the fp32 logits alive at once.
 
     Returns:
-        logp_T fp32 [T], differentiable; with `with_entropy` (logp_T, entropy_T), entropy_T fp32 [T] in nats, detached.
+        logp_T fp32 [T], differentiable, 0 outside `batch.response_mask_T`: no loss reads those, and the output layer,
+        a large part of a model's arithmetic, does not run for them. With `with_entropy` (logp_T, entropy_T),
+        entropy_T fp32 [T] in nats, detached, 0 at the same positions.
         On a pipeline stage that is not the last: the stage's hidden states.
     """
     lengths = batch.cu_seqlens_padded_S1.diff()
@@ -40,15 +54,29 @@ def packed_log_probs(
     )
 
     def log_probs(
-        *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, labels: Tensor, **_unused: Any
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        labels: Tensor,
+        config: Any,
+        **_unused: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=True)  # [T, 1, padded V]
-        logp_TV = (logits[:, 0, :vocab_size].float() / temperature).log_softmax(-1)
-        logp_T = logp_TV.gather(1, labels.view(-1, 1))[:, 0]
-        if not with_entropy:
-            return logp_T
-        detached_TV = logp_TV.detach()
-        return logp_T, -(detached_TV.exp() * detached_TV).sum(-1)
+        response_R = batch.response_mask_T.nonzero()[:, 0]
+        logp_R, entropy_R = log_probs_of_labels(
+            _rows_of_all_shards(hidden_states, response_R, output_layer, config),
+            _ready_weight(output_layer, output_weight),
+            labels[0].index_select(0, response_R),
+            vocab_size=vocab_size,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            group=output_layer.tp_group,
+            add_to_main_grad=config.gradient_accumulation_fusion,
+            tile_bytes=tile_bytes,
+        )
+        zeros_T = logp_R.new_zeros(labels.size(1))
+        logp_T = zeros_T.index_copy(0, response_R, logp_R)
+        return logp_T if entropy_R is None else (logp_T, zeros_T.index_copy(0, response_R, entropy_R))
 
     return model(
         batch.tokens_T[None],
@@ -58,3 +86,27 @@ def packed_log_probs(
         packed_seq_params=params,
         output_processor=log_probs,
     )
+
+
+def _rows_of_all_shards(hidden_states: Tensor, rows_R: Tensor, output_layer: Any, config: Any) -> Tensor:
+    """Hidden states [T or T / TP, 1, H] -> [R, H] on every tensor-parallel rank; backward sums over the ranks.
+
+    With sequence parallelism the positions are gathered before rows are taken; without it, rows are taken first, so
+    that the sum over the ranks moves only them.
+    """
+    group = output_layer.tp_group
+    if config.sequence_parallel:
+        whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
+        return whole[:, 0].index_select(0, rows_R)
+    return copy_to_tensor_model_parallel_region(hidden_states[:, 0].index_select(0, rows_R), group=group)
+
+
+def _ready_weight(output_layer: Any, tied_weight: Tensor | None) -> Tensor:
+    """The weight of an output layer that is used without calling the layer.
+
+    With `--overlap-param-gather` DDP finishes the weight's all-gather in a hook that runs before the layer does; a tied
+    weight, too, belongs to the layer if the embedding is on another pipeline stage.
+    """
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())
+    return output_layer.weight if tied_weight is None else tied_weight

@@ -1,5 +1,7 @@
 """Packed log-probs: against transformers, and bitwise equal with and without gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -91,6 +93,76 @@ def test_bitwise_equal_with_and_without_gradients(build_model, hf_model, family,
     new = packed_log_probs(model, batch, temperature=1.0, vocab_size=93)
     assert new.requires_grad and not old.requires_grad
     assert torch.equal(old, new)
+
+
+def test_prompts_get_zero_without_a_look_at_their_labels(build_model, hf_model):
+    from megatron_fipo.model.logprob import packed_log_probs
+
+    model = build_model(hf_model("qwen2", tied=False)[0])[0]
+    batch = pack(random_sequences(UNEQUAL))
+    upstream_T = torch.randn(batch.tokens_T.numel(), generator=torch.Generator().manual_seed(1))
+    mask_T = torch.rand(upstream_T.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    mask_T[:2] = torch.tensor([False, True])
+
+    def gradients(batch, upstream_T):
+        model.zero_grad()
+        logp_T, entropy_T = packed_log_probs(model, batch, temperature=0.7, vocab_size=93, with_entropy=True)
+        (logp_T * upstream_T).sum().backward()
+        return logp_T.detach(), entropy_T, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    masked = dataclasses.replace(batch, response_mask_T=mask_T, labels_T=batch.labels_T.where(mask_T, -(2**40)))
+    all_logp_T, all_entropy_T, expected = gradients(batch, upstream_T.where(mask_T, 0.0))
+    logp_T, entropy_T, found = gradients(masked, upstream_T)
+    for values_T, all_values_T in ((logp_T, all_logp_T), (entropy_T, all_entropy_T)):
+        assert not values_T[~mask_T].any()
+        torch.testing.assert_close(values_T[mask_T], all_values_T[mask_T], atol=2e-6, rtol=0)
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * scale, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_main_gradients_gather_each_micro_batch_once(build_model, hf_model, tied, dtype, fused):
+    """As DDP with the distributed optimizer accumulates them, with and without Megatron's fusion of the addition."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_fipo.model.logprob import packed_log_probs
+
+    folder = hf_model("qwen2", tied=tied, vocab_size=300)[0]
+    model = build_model(folder)[0].to(dtype)
+    lengths = ([200, 90], [31, 20], [44, 150])  # the second micro-batch's logits fit in one tile
+    batches = [pack(random_sequences(lengths[i], 300, i)) for i in range(3)]
+
+    def accumulate(model, gradient_of):
+        sums = {name: 0.0 for name, _ in model.named_parameters()}
+        for batch in batches:
+            logp_T = packed_log_probs(model, batch, temperature=1.0, vocab_size=300, tile_bytes=4 * 128**2)
+            (logp_T * torch.linspace(-1, 1, logp_T.numel())).sum().backward()
+            sums = gradient_of(model, sums)
+        return sums
+
+    def add_and_clear(model, sums):
+        sums = {name: sums[name] + p.grad.float() for name, p in model.named_parameters()}
+        model.zero_grad()
+        return sums
+
+    expected = accumulate(model, add_and_clear)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True
+    )
+    wrapped = DistributedDataParallel(model.config, settings, model)
+    model.config.gradient_accumulation_fusion = fused  # of the output layer alone: the other layers have read it
+    wrapped.zero_grad_buffer()
+    found = accumulate(wrapped.module, lambda model, _: {name: p.main_grad for name, p in model.named_parameters()})
+    for name, gradient in expected.items():
+        # Fused, the output layer's share skips the rounding to bf16.
+        tolerance = 1e-6 if dtype == torch.float32 else 2**-7 if fused else 0.0
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(
+            found[name], gradient, atol=tolerance * float(gradient.abs().max()), rtol=0, msg=name
+        )
 
 
 def test_groups_cover_every_token_once_and_bound_the_waste():

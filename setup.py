@@ -15,6 +15,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 CSRC = str(Path(__file__).parent / "csrc")  # ninja compiles in the build folder: includes need the full path
 HEADERS = [
     "csrc/core/fipo.h",
+    "csrc/core/statistics.h",
     *(f"csrc/cpu/{name}" for name in ("capability.h", "kernels.h", "kernels.inc", "packed.h")),
 ]
 TORCH_TARGET = (2, 10)

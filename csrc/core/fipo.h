@@ -35,9 +35,8 @@ struct TokenInput {
 };
 
 struct TokenOutput {
-  float* grad;        // d(loss of the token) / d(logp), 0 outside the response
-  float* weight;      // f
-  float* future_kl;   // F
+  float* grad;     // d(loss of the token) / d(logp), 0 outside the response
+  float* weight;   // f; outside the response that of F = 0
 };
 
 struct SequenceSums {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/fipo.h"
+#include "core/statistics.h"
 
 namespace megatron_fipo {
 
@@ -13,12 +14,12 @@ struct Kernels {
   double (*scan_reverse)(const float* x, float* y, int64_t n, double gamma, double carry);
   double (*scan_forward)(const float* x, float* y, int64_t n, double gamma, double carry);
 
-  // The future KL at the run's first token, with nothing behind the run.
-  double (*future_kl_aggregate)(const TokenInput& in, int64_t n, const FipoParams& params);
+  // The future KL at the run's first token, with nothing behind the run; adds its tokens beyond c to `beyond_c`.
+  double (*future_kl_aggregate)(const TokenInput& in, int64_t n, const FipoParams& params, int64_t& beyond_c);
 
   // Losses, gradients and weights of a run whose future KL continues with `carry` behind its last token.
   void (*fipo_loss)(const TokenInput& in, int64_t n, const FipoParams& params, double carry, const TokenOutput& out,
-                    SequenceSums& sums);
+                    SequenceSums& sums, Statistics& statistics);
 };
 
 extern const Kernels kPortableKernels;

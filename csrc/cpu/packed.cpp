@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu/kernels.h"
 
@@ -107,39 +108,87 @@ void packed_scan(const double* x, double* y, const std::vector<int64_t>& offsets
   std::fill(y + offsets.back(), y + num_tokens, 0.0);
 }
 
-std::vector<SequenceSums> packed_fipo_loss(const TokenInput& in, const TokenOutput& out,
-                                           const std::vector<int64_t>& offsets, int64_t num_tokens,
-                                           const FipoParams& params, const double* carry, const Parallel& parallel) {
+namespace {
+
+TokenInput tokens_of(const Block& block, const TokenInput& in) {
+  return {in.logp + block.begin,
+          in.old_logp + block.begin,
+          in.response_mask + block.begin,
+          in.advantage + (in.advantage_is_per_token ? block.begin : block.sequence),
+          in.advantage_is_per_token,
+          in.token_weight ? in.token_weight + block.begin : nullptr};
+}
+
+Statistics no_statistics() {
+  Statistics none = {};
+  std::fill_n(none.minima, extremum::count, std::numeric_limits<double>::infinity());
+  std::fill_n(none.maxima, extremum::count, -std::numeric_limits<double>::infinity());
+  return none;
+}
+
+void merge(Statistics& total, const Statistics& other) {
+  for (int i = 0; i < sum::count; ++i) total.sums[i] += other.sums[i];
+  for (int i = 0; i < extremum::count; ++i) {
+    total.minima[i] = std::min(total.minima[i], other.minima[i]);
+    total.maxima[i] = std::max(total.maxima[i], other.maxima[i]);
+  }
+}
+
+}  // namespace
+
+LossSums packed_fipo_loss(const TokenInput& in, const TokenOutput& out, const std::vector<int64_t>& offsets,
+                          int64_t num_tokens, const FipoParams& params, const double* carry, const Parallel& parallel) {
   const std::vector<Block> blocks = cut(offsets, /*reverse=*/true);
-  const auto tokens_of = [&](const Block& block) {
-    return TokenInput{in.logp + block.begin,
-                      in.old_logp + block.begin,
-                      in.response_mask + block.begin,
-                      in.advantage + (in.advantage_is_per_token ? block.begin : block.sequence),
-                      in.advantage_is_per_token,
-                      in.token_weight ? in.token_weight + block.begin : nullptr};
-  };
   const std::vector<double> carry_in = carries(blocks, params.gamma, carry, parallel, [&](const Block& block) {
-    return kernels().future_kl_aggregate(tokens_of(block), block.size(), params);
+    int64_t beyond_c = 0;
+    return kernels().future_kl_aggregate(tokens_of(block, in), block.size(), params, beyond_c);
   });
   std::vector<SequenceSums> block_sums(blocks.size());
+  std::vector<Statistics> block_statistics(blocks.size(), no_statistics());
   for_each(blocks, parallel, [&](size_t i) {
     const int64_t begin = blocks[i].begin;
-    kernels().fipo_loss(tokens_of(blocks[i]), blocks[i].size(), params, carry_in[i],
-                        {out.grad + begin, out.weight + begin, out.future_kl + begin}, block_sums[i]);
+    kernels().fipo_loss(tokens_of(blocks[i], in), blocks[i].size(), params, carry_in[i],
+                        {out.grad + begin, out.weight + begin}, block_sums[i], block_statistics[i]);
   });
-  std::vector<SequenceSums> sums(offsets.size() - 1);
+  LossSums sums = {std::vector<SequenceSums>(offsets.size() - 1), no_statistics()};
   for (size_t i = 0; i < blocks.size(); ++i) {
-    SequenceSums& total = sums[blocks[i].sequence];
+    SequenceSums& total = sums.sequences[blocks[i].sequence];
     total.loss += block_sums[i].loss;
     total.tokens += block_sums[i].tokens;
     total.dual_clipped += block_sums[i].dual_clipped;
+    merge(sums.statistics, block_statistics[i]);
   }
   const int64_t used = offsets.back();
   std::fill(out.grad + used, out.grad + num_tokens, 0.0f);
-  std::fill(out.future_kl + used, out.future_kl + num_tokens, 0.0f);
   std::fill(out.weight + used, out.weight + num_tokens, std::clamp(1.0f, params.weight_low, params.weight_high));
   return sums;
+}
+
+std::vector<Aggregate> packed_future_kl_aggregate(const TokenInput& in, const std::vector<int64_t>& offsets,
+                                                  const FipoParams& params, const Parallel& parallel) {
+  const std::vector<Block> blocks = cut(offsets, /*reverse=*/true);
+  std::vector<Aggregate> own(blocks.size()), sequences(offsets.size() - 1);
+  for_each(blocks, parallel, [&](size_t i) {
+    own[i].future_kl =
+        kernels().future_kl_aggregate(tokens_of(blocks[i], in), blocks[i].size(), params, own[i].beyond_c);
+  });
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    Aggregate& total = sequences[blocks[i].sequence];
+    total.future_kl =
+        own[i].future_kl + std::pow(params.gamma, static_cast<double>(blocks[i].size())) * total.future_kl;
+    total.beyond_c += own[i].beyond_c;
+  }
+  return sequences;
+}
+
+void packed_scale(const float* x, const double* scale, float* y, const std::vector<int64_t>& offsets,
+                  int64_t num_tokens, const Parallel& parallel) {
+  const std::vector<Block> blocks = cut(offsets, /*reverse=*/false);
+  for_each(blocks, parallel, [&](size_t i) {
+    const float factor = static_cast<float>(scale[blocks[i].sequence]);
+    for (int64_t t = blocks[i].begin; t < blocks[i].end; ++t) y[t] = x[t] * factor;
+  });
+  std::fill(y + offsets.back(), y + num_tokens, 0.0f);
 }
 
 }  // namespace megatron_fipo

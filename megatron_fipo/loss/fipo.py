@@ -96,7 +96,7 @@ def fipo_loss(
     Raises ValueError, naming the argument, for wrong shapes, dtypes or missing group_ids_S.
     """
     num_tokens, num_sequences = logp_T.shape[0], cu_seqlens_S1.shape[0] - 1
-    _check(logp_T, old_logp_T, response_mask_T, token_weight_T, backend)
+    check_token_tensors(logp_T, old_logp_T, response_mask_T, token_weight_T, backend)
     check_cu_seqlens(cu_seqlens_S1, num_tokens)
     if advantage.shape not in ((num_sequences,), (num_tokens,)):
         raise ValueError(f"advantage must have shape [{num_sequences}] or [{num_tokens}], not {list(advantage.shape)}")
@@ -207,7 +207,7 @@ def compiled_token_losses(
     return TokenLosses(fused.loss_S, fused.counts_S2[:, 0], fused.counts_S2[:, 1], fused.weight_T, fused.statistics_K)
 
 
-def _check(
+def check_token_tensors(
     logp_T: Tensor, old_logp_T: Tensor, response_mask_T: Tensor, token_weight_T: Tensor | None, backend: str
 ) -> None:
     if backend not in BACKENDS:

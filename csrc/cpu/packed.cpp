@@ -1,7 +1,5 @@
 #include "cpu/packed.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -98,13 +96,10 @@ std::vector<double> carries(const Plan& plan, double gamma, const double* carry,
 }
 
 // Stores that go past the caches save reading the lines that they replace. They pay once the outputs would push everything
-// else out, and need whole aligned registers.
+// else out, and need whole aligned registers. (What the system reports as cache size may be the whole socket's.)
+constexpr int64_t kStreamedBytes = int64_t{24} << 20;
 bool streams(int64_t output_bytes, std::initializer_list<const float*> outputs) {
-  static const int64_t cache_bytes = [] {
-    const int64_t reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return reported > 0 ? reported : int64_t{32} << 20;
-  }();
-  return output_bytes > cache_bytes && std::all_of(outputs.begin(), outputs.end(), [](const float* p) {
+  return output_bytes > kStreamedBytes && std::all_of(outputs.begin(), outputs.end(), [](const float* p) {
            return reinterpret_cast<uintptr_t>(p) % 64 == 0;
          });
 }

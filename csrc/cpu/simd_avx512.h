@@ -33,9 +33,9 @@ inline bool every(Mask m) { return m == 0xffff; }
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask without(Mask a, Mask b) { return a & ~b; }
 
-using Count = int64_t;
-inline void count(Count& total, Mask m) { total += __builtin_popcount(m); }
-inline int64_t lane_total(Count total) { return total; }
+using Count = __m512i;   // of each lane
+inline void count(Count& total, Mask m) { total = _mm512_mask_sub_epi32(total, m, total, _mm512_set1_epi32(-1)); }
+inline int64_t lane_total(Count total) { return _mm512_reduce_add_epi32(total); }
 
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 // A NaN in the second argument is returned.

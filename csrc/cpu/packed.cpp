@@ -36,7 +36,9 @@ Plan make_plan(const std::vector<int64_t>& offsets, bool reverse) {
     if (plan.items.back() != plan.blocks.size()) plan.items.push_back(plan.blocks.size());
     in_item = 0;
   };
-  for (int64_t s = 0; s + 1 < static_cast<int64_t>(offsets.size()); ++s) {
+  const int64_t num_sequences = static_cast<int64_t>(offsets.size()) - 1;
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    const int64_t s = reverse ? num_sequences - 1 - i : i;   // the whole pack in scan order: one stream through memory
     const int64_t begin = offsets[s], end = offsets[s + 1], size = end - begin;
     const int64_t step = size <= kWholeSequence ? size : kBlock;
     plan.has_cut_sequences |= step < size;

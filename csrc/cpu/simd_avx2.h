@@ -35,7 +35,14 @@ inline Mask load_mask(const uint8_t* p, int low, int high) {
   for (int lane = low; lane < high; ++lane) bytes[lane] = p[lane];
   return load_mask(bytes);
 }
-inline bool none(Mask m) { return _mm256_testz_ps(m.bits, m.bits); }
+// Torch's bool is 0 or 1.
+inline uint64_t bytes_of(const uint8_t* p) {
+  uint64_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return bytes;
+}
+inline bool all_response(const uint8_t* p) { return bytes_of(p) == 0x0101010101010101u; }
+inline bool no_response(const uint8_t* p) { return bytes_of(p) == 0; }
 inline bool every(Mask m) { return _mm256_movemask_ps(m.bits) == 0xff; }
 inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }
 inline Mask without(Mask a, Mask b) { return {_mm256_andnot_ps(b.bits, a.bits)}; }

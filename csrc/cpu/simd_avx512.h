@@ -28,7 +28,8 @@ inline Mask load_mask(const uint8_t* p, int low, int high) {
   const __m128i bytes = _mm_maskz_loadu_epi8(lanes(low, high), p);
   return _mm_test_epi8_mask(bytes, bytes);
 }
-inline bool none(Mask m) { return m == 0; }
+inline bool all_response(const uint8_t* p) { return load_mask(p) == 0xffff; }
+inline bool no_response(const uint8_t* p) { return load_mask(p) == 0; }
 inline bool every(Mask m) { return m == 0xffff; }
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask without(Mask a, Mask b) { return a & ~b; }

@@ -3,10 +3,11 @@
 
     python tools/benchmark_loss.py [--json FILE] [--threads 2] [--quick]
 
-Keys: loss_over_stream: share of the speed at which the same bytes can be streamed (9 read, 8 written for each token; the
-faster of plain stores and stores past the caches), buffers reused, out of cache, the lower of 2048 x 8192 and 10 million
-ragged tokens. eager_over_loss, compiled_over_loss: torch's forward and backward with the same metrics, over ours through
-autograd, at 64 x 8192. Torch's loss uses our scan, as its own ways take thousands of times longer (benchmark_scan.py).
+Keys: loss_over_stream: share of the speed at which the same bytes can be streamed (9 read, 8 written for each token;
+the faster of plain stores and stores past the caches), buffers reused, out of cache, the lower of 2048 x 8192 and 10
+million ragged tokens. eager_over_loss, compiled_over_loss: torch's forward and backward with the same metrics, over ours
+through autograd, at 64 x 8192. Torch's loss uses our scan: its own ways take thousands of times longer
+(benchmark_scan.py).
 """
 
 import argparse
@@ -27,7 +28,7 @@ OURS, OURS_FRESH, OURS_TRAINING = "fused, buffers reused", "fused, fresh outputs
 
 
 def make_inputs(pack: packs.Pack) -> dict[str, torch.Tensor]:
-    """Every token a response token, so that ours has no byte less to move than the stream; ratios as after an update."""
+    """Every token a response token, so that ours has no byte less to move than the stream."""
     generator = torch.Generator().manual_seed(0)
     logp_T = -torch.rand(pack.tokens, generator=generator)
     return {
@@ -100,7 +101,11 @@ def measure_streaming(pack: packs.Pack, native: Native, seconds: float) -> dict[
 def measure_training(pack: packs.Pack, seconds: float) -> dict[str, list[float]]:
     inputs = make_inputs(pack)
     logp_T, cu_seqlens_S1 = inputs.pop("logp_T").requires_grad_(), inputs["cu_seqlens_S1"]
-    rows_BL = [inputs["old_logp_T"].view(pack.shape), inputs["advantage"][:, None], inputs["response_mask_T"].view(pack.shape)]
+    rows_BL = [
+        inputs["old_logp_T"].view(pack.shape),
+        inputs["advantage"][:, None],
+        inputs["response_mask_T"].view(pack.shape),
+    ]
 
     def backward(loss: torch.Tensor) -> torch.Tensor:
         logp_T.grad = None

@@ -89,6 +89,11 @@ inline Vector scan_register(Vector v, const Vector* power) {
   return _mm256_blend_ps(v, fma(power[2], other, v), Reverse ? 0x0f : 0xf0);
 }
 
+template <bool Reverse>
+inline Vector scan_register(const float* p, const Vector* power) {
+  return scan_register<Reverse>(load(p), power);
+}
+
 // 2^(n / 8) for the integer n in the low bits of `shifted` (exponential() in kernels.inc).
 constexpr int kExpBits = 3;
 // The bits of 2^(i / 8), less i where the shifted n adds it.

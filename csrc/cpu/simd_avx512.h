@@ -64,11 +64,21 @@ inline Vector shifted(Vector v) {
 
 // The scan inside one register, by doubling; power[k] = gamma^k.
 template <bool Reverse>
-inline Vector scan_register(Vector v, const Vector* power) {
-  v = fma(power[0], shifted<Reverse, 1>(v), v);
+inline Vector scan_rest(Vector v, Vector shifted_by_one, const Vector* power) {
+  v = fma(power[0], shifted_by_one, v);
   v = fma(power[1], shifted<Reverse, 2>(v), v);
   v = fma(power[2], shifted<Reverse, 4>(v), v);
   return fma(power[3], shifted<Reverse, 8>(v), v);
+}
+template <bool Reverse>
+inline Vector scan_register(Vector v, const Vector* power) {
+  return scan_rest<Reverse>(v, shifted<Reverse, 1>(v), power);
+}
+// Of the register at p: a second load takes the place of the first shift.
+template <bool Reverse>
+inline Vector scan_register(const float* p, const Vector* power) {
+  const Vector by_one = Reverse ? _mm512_maskz_loadu_ps(0x7fff, p + 1) : _mm512_maskz_loadu_ps(0xfffe, p - 1);
+  return scan_rest<Reverse>(load(p), by_one, power);
 }
 
 // 2^(n / 16) for the integer n in the low bits of `shifted` (exponential() in kernels.inc).

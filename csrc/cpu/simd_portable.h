@@ -80,6 +80,11 @@ inline Vector scan_register(Vector v, const Vector* power) {
   return fma(power[1], two, v);
 }
 
+template <bool Reverse>
+inline Vector scan_register(const float* p, const Vector* power) {
+  return scan_register<Reverse>(load(p), power);
+}
+
 constexpr int kExpBits = 0;   // exponential() in kernels.inc uses no table
 
 inline void add_to(double* sums, Vector v) {

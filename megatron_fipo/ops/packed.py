@@ -18,8 +18,8 @@ def check_cu_seqlens(cu_seqlens_S1: Tensor) -> None:
 def check_offsets(cu_seqlens_S1: Tensor, num_tokens: int) -> None:
     """Raises ValueError unless 0 = first <= ... <= last <= num_tokens.
 
-    The values are not read on an accelerator (it would wait) or under torch.compile. The operators on CPU check on their
-    own, for less than these few calls cost.
+    The values are not read on an accelerator (it would wait) or under torch.compile. The operators on CPU check on
+    their own, for less than these few calls cost.
     """
     if cu_seqlens_S1.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -1,7 +1,5 @@
 #include "cpu/packed.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -38,7 +36,9 @@ Plan make_plan(const std::vector<int64_t>& offsets, bool reverse) {
     if (plan.items.back() != plan.blocks.size()) plan.items.push_back(plan.blocks.size());
     in_item = 0;
   };
-  for (int64_t s = 0; s + 1 < static_cast<int64_t>(offsets.size()); ++s) {
+  const int64_t num_sequences = static_cast<int64_t>(offsets.size()) - 1;
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    const int64_t s = reverse ? num_sequences - 1 - i : i;   // the whole pack in scan order: one stream through memory
     const int64_t begin = offsets[s], end = offsets[s + 1], size = end - begin;
     const int64_t step = size <= kWholeSequence ? size : kBlock;
     plan.has_cut_sequences |= step < size;
@@ -98,13 +98,10 @@ std::vector<double> carries(const Plan& plan, double gamma, const double* carry,
 }
 
 // Stores that go past the caches save reading the lines that they replace. They pay once the outputs would push everything
-// else out, and need whole aligned registers.
+// else out, and need whole aligned registers. (What the system reports as cache size may be the whole socket's.)
+constexpr int64_t kStreamedBytes = int64_t{24} << 20;
 bool streams(int64_t output_bytes, std::initializer_list<const float*> outputs) {
-  static const int64_t cache_bytes = [] {
-    const int64_t reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return reported > 0 ? reported : int64_t{32} << 20;
-  }();
-  return output_bytes > cache_bytes && std::all_of(outputs.begin(), outputs.end(), [](const float* p) {
+  return output_bytes > kStreamedBytes && std::all_of(outputs.begin(), outputs.end(), [](const float* p) {
            return reinterpret_cast<uintptr_t>(p) % 64 == 0;
          });
 }

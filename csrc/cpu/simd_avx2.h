@@ -35,7 +35,14 @@ inline Mask load_mask(const uint8_t* p, int low, int high) {
   for (int lane = low; lane < high; ++lane) bytes[lane] = p[lane];
   return load_mask(bytes);
 }
-inline bool none(Mask m) { return _mm256_testz_ps(m.bits, m.bits); }
+// Torch's bool is 0 or 1.
+inline uint64_t bytes_of(const uint8_t* p) {
+  uint64_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return bytes;
+}
+inline bool all_response(const uint8_t* p) { return bytes_of(p) == 0x0101010101010101u; }
+inline bool no_response(const uint8_t* p) { return bytes_of(p) == 0; }
 inline bool every(Mask m) { return _mm256_movemask_ps(m.bits) == 0xff; }
 inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }
 inline Mask without(Mask a, Mask b) { return {_mm256_andnot_ps(b.bits, a.bits)}; }
@@ -80,6 +87,11 @@ inline Vector scan_register(Vector v, const Vector* power) {
   v = fma(power[1], shifted_in_halves<Reverse, 2>(v), v);
   const Vector other = _mm256_permutevar8x32_ps(v, _mm256_set1_epi32(Reverse ? 4 : 3));
   return _mm256_blend_ps(v, fma(power[2], other, v), Reverse ? 0x0f : 0xf0);
+}
+
+template <bool Reverse>
+inline Vector scan_register(const float* p, const Vector* power) {
+  return scan_register<Reverse>(load(p), power);
 }
 
 // 2^(n / 8) for the integer n in the low bits of `shifted` (exponential() in kernels.inc).

@@ -28,14 +28,15 @@ inline Mask load_mask(const uint8_t* p, int low, int high) {
   const __m128i bytes = _mm_maskz_loadu_epi8(lanes(low, high), p);
   return _mm_test_epi8_mask(bytes, bytes);
 }
-inline bool none(Mask m) { return m == 0; }
+inline bool all_response(const uint8_t* p) { return load_mask(p) == 0xffff; }
+inline bool no_response(const uint8_t* p) { return load_mask(p) == 0; }
 inline bool every(Mask m) { return m == 0xffff; }
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask without(Mask a, Mask b) { return a & ~b; }
 
-using Count = int64_t;
-inline void count(Count& total, Mask m) { total += __builtin_popcount(m); }
-inline int64_t lane_total(Count total) { return total; }
+using Count = __m512i;   // of each lane
+inline void count(Count& total, Mask m) { total = _mm512_mask_sub_epi32(total, m, total, _mm512_set1_epi32(-1)); }
+inline int64_t lane_total(Count total) { return _mm512_reduce_add_epi32(total); }
 
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 // A NaN in the second argument is returned.
@@ -63,11 +64,21 @@ inline Vector shifted(Vector v) {
 
 // The scan inside one register, by doubling; power[k] = gamma^k.
 template <bool Reverse>
-inline Vector scan_register(Vector v, const Vector* power) {
-  v = fma(power[0], shifted<Reverse, 1>(v), v);
+inline Vector scan_rest(Vector v, Vector shifted_by_one, const Vector* power) {
+  v = fma(power[0], shifted_by_one, v);
   v = fma(power[1], shifted<Reverse, 2>(v), v);
   v = fma(power[2], shifted<Reverse, 4>(v), v);
   return fma(power[3], shifted<Reverse, 8>(v), v);
+}
+template <bool Reverse>
+inline Vector scan_register(Vector v, const Vector* power) {
+  return scan_rest<Reverse>(v, shifted<Reverse, 1>(v), power);
+}
+// Of the register at p: a second load takes the place of the first shift.
+template <bool Reverse>
+inline Vector scan_register(const float* p, const Vector* power) {
+  const Vector by_one = Reverse ? _mm512_maskz_loadu_ps(0x7fff, p + 1) : _mm512_maskz_loadu_ps(0xfffe, p - 1);
+  return scan_rest<Reverse>(load(p), by_one, power);
 }
 
 // 2^(n / 16) for the integer n in the low bits of `shifted` (exponential() in kernels.inc).

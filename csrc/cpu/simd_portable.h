@@ -35,8 +35,19 @@ inline Mask load_mask(const uint8_t* p, int low, int high) {
   for (int lane = low; lane < high; ++lane) m[lane] = p[lane] ? -1 : 0;
   return m;
 }
-inline bool none(Mask m) { return !(m[0] | m[1] | m[2] | m[3]); }
-inline bool every(Mask m) { return m[0] & m[1] & m[2] & m[3]; }
+// Torch's bool is 0 or 1.
+inline uint32_t bytes_of(const uint8_t* p) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return bytes;
+}
+inline bool all_response(const uint8_t* p) { return bytes_of(p) == 0x01010101u; }
+inline bool no_response(const uint8_t* p) { return bytes_of(p) == 0; }
+inline bool every(Mask m) {
+  typedef int64_t Half __attribute__((vector_size(sizeof(Mask))));
+  const Half halves = reinterpret_cast<Half>(m);
+  return (halves[0] & halves[1]) == -1;
+}
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask without(Mask a, Mask b) { return a & ~b; }
 
@@ -67,6 +78,11 @@ inline Vector scan_register(Vector v, const Vector* power) {
   v = fma(power[0], one, v);
   const Vector two = Reverse ? Vector{v[2], v[3], 0, 0} : Vector{0, 0, v[0], v[1]};
   return fma(power[1], two, v);
+}
+
+template <bool Reverse>
+inline Vector scan_register(const float* p, const Vector* power) {
+  return scan_register<Reverse>(load(p), power);
 }
 
 constexpr int kExpBits = 0;   // exponential() in kernels.inc uses no table

@@ -10,7 +10,7 @@ from megatron_fipo.loss import FipoConfig, FipoOutput, fipo_loss
 from megatron_fipo.loss.fipo import check_token_tensors
 from megatron_fipo.loss.metrics import RatioTerms
 from megatron_fipo.ops import future_kl_aggregate, reference_discounted_scan
-from megatron_fipo.ops.packed import check_cu_seqlens, sum_per_sequence
+from megatron_fipo.ops.packed import check_offsets, sum_per_sequence
 from megatron_fipo.parallel.carry import CarryExchange, first_of_run
 from megatron_fipo.parallel.zigzag import run_cu_seqlens
 
@@ -55,7 +55,7 @@ def context_parallel_fipo_loss(
     if logp_T.device.type == "cpu" and logp_T.dtype == torch.bfloat16:
         logp_T, old_logp_T = logp_T.float(), old_logp_T.float()
     runs_R1 = run_cu_seqlens(cu_seqlens_S1, group.size())
-    check_cu_seqlens(runs_R1, logp_T.shape[0])
+    check_offsets(runs_R1, logp_T.shape[0])
     chunk_S, advantage_R = runs_R1.diff()[::2], advantage_S.detach().repeat_interleave(2)
     terms = RatioTerms(logp_T.detach(), old_logp_T.detach(), advantage_R, response_mask_T, runs_R1)
     aggregates = compiled_aggregates if backend == "compiled" else torch_aggregates

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_fipo.ops.packed import check_cu_seqlens
+from megatron_fipo.ops.packed import check_cu_seqlens, check_offsets
 
 
 def chunks_of_ranks(size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -87,9 +87,10 @@ def shard_rows(values_BL: Tensor, rank: int, size: int) -> Tensor:
 
 
 def _check(cu_seqlens_S1: Tensor, size: int) -> None:
+    check_cu_seqlens(cu_seqlens_S1)
     if cu_seqlens_S1.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    check_cu_seqlens(cu_seqlens_S1, int(cu_seqlens_S1[-1]))
+    check_offsets(cu_seqlens_S1, int(cu_seqlens_S1[-1]))
     uneven_S = cu_seqlens_S1.diff() % (2 * size) != 0
     if bool(uneven_S.any()):
         s = int(uneven_S.nonzero()[0])

@@ -129,8 +129,8 @@ def loss_and_grad(batch: Batch, case: Case, scale_S, dtype: torch.dtype, backend
 def run_case(case: Case, group: dist.ProcessGroup, device: torch.device) -> dict:
     """One rank's part of a case, compared with the same tokens of the unsharded loss in fp32 and fp64.
 
-    Errors are those of the gradient relative to its maximum, and of the sum of the loss relative to itself (to the
-    largest gradient if that is more: sums may cancel).
+    Errors of the gradient are relative to its maximum. loss_size is the size of the loss, terms_size that of the terms
+    it is the sum of.
     """
     size, rank = group.size(), group.rank()
     batch = make_batch(case, size).to(device)
@@ -178,8 +178,8 @@ def run_case(case: Case, group: dist.ProcessGroup, device: torch.device) -> dict
     def grad_error(grad, reference):
         return ((grad.double() - reference[index].double()).abs().max() / max(largest, 1e-30)).item() if tokens else 0.0
 
-    def loss_error(reference):
-        return abs(totals[0].item() - reference.loss_sum.item()) / max(abs(exact.loss_sum.item()), largest, 1e-30)
+    def loss_difference(reference):
+        return abs(totals[0].item() - reference.loss_sum.item())
 
     sums_error = dict(zip(SUMS, (statistics.sums - whole.statistics.sums).abs().tolist(), strict=True))
     relative = [sums_error.pop(name) for name in ("log_ratio", "weight", "raw_weight", "normalizer", "loss")]
@@ -187,9 +187,11 @@ def run_case(case: Case, group: dist.ProcessGroup, device: torch.device) -> dict
     near_edge = [sums_error.pop(name) for name in ("weight_at_high", "weight_at_low", "active")]
     extrema = [(statistics.minima, whole.statistics.minima), (statistics.maxima, whole.statistics.maxima)]
     return {
-        "loss": loss_error(whole),
+        "loss": loss_difference(whole),
         "grad": grad_error(leaf.grad, whole_grad),
-        "exact_loss": loss_error(exact),
+        "exact_loss": loss_difference(exact),
+        "loss_size": max(abs(exact.loss_sum.item()), 1e-30),
+        "terms_size": max(abs(exact.loss_sum.item()), exact_grad.abs().sum().item(), 1e-30),
         "exact_grad": grad_error(leaf.grad, exact_grad),
         "alone_grad": grad_error(alone.grad, whole_grad),
         "weights": (out.weights_T - local(whole.weights_T))[mask].abs().max().item() if bool(mask.any()) else 0.0,

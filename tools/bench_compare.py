@@ -3,8 +3,8 @@
 
     python tools/bench_compare.py A.json B.json
 
-A row has moved if its median time differs by more than 5 % and the quartiles of the two runs do not overlap. Results from
-different machines are compared all the same, with a warning.
+A row has moved if its median time differs by more than 5 % and the quartiles of the two runs do not overlap. Results
+from different machines are compared all the same, with a warning.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 Keys: loss_over_stream: share of the speed at which the same bytes can be streamed (9 read, 8 written for each token;
 the faster of plain stores and stores past the caches), buffers reused, out of cache, the lower of 2048 x 8192 and 10
-million ragged tokens. eager_over_loss, compiled_over_loss: torch's forward and backward with the same metrics, over ours
-through autograd, at 64 x 8192. Torch's loss uses our scan: its own ways take thousands of times longer
+million ragged tokens. eager_over_loss, compiled_over_loss: torch's forward and backward with the same metrics, over
+ours through autograd, at 64 x 8192. Torch's loss uses our scan: its own ways take thousands of times longer
 (benchmark_scan.py).
 """
 

@@ -1,5 +1,5 @@
-"""The released code's way to the future KL, written anew: future tokens in chunks, each a matrix product with a triangle
-of powers of gamma. O(length^2) for every sequence."""
+"""The released code's way to the future KL, written anew: future tokens in chunks, each a matrix product with a
+triangle of powers of gamma. O(length^2) for every sequence."""
 
 import torch
 from torch import Tensor

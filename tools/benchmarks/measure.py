@@ -1,8 +1,8 @@
 """Times calls side by side in one process and writes what came out.
 
 Every round takes each call once, in turn, so that whatever disturbs the machine disturbs all of them; ratios are
-medians over the rounds of (time of the peer / time of ours). Before a call is timed it runs unmeasured for a moment: the thread
-pools of torch and numba spin for a while after each use, and would take the cores away from each other.
+medians over the rounds of (time of the peer / time of ours). Before a call is timed it runs unmeasured for a moment:
+the thread pools of torch and numba spin for a while after each use, and would take the cores away from each other.
 """
 
 import json

@@ -1,6 +1,7 @@
 // Host code for Python (megatron_fipo._host): what was built, what this CPU runs, packing. No torch.
 #include <pybind11/pybind11.h>
 
+#include "core/statistics.h"
 #include "cpu/capability.h"
 #include "host/bindings.h"
 
@@ -32,12 +33,28 @@ py::dict cpu_capability() {
   return info;
 }
 
+template <size_t N>
+py::tuple names(const char* const (&list)[N]) {
+  py::tuple result(N);
+  for (size_t i = 0; i < N; ++i) result[i] = py::str(list[i]);
+  return result;
+}
+
+py::dict loss_statistics() {
+  py::dict layout;
+  layout["sums"] = names(megatron_fipo::kSumNames);
+  layout["extrema"] = names(megatron_fipo::kExtremumNames);
+  return layout;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, module) {
   megatron_fipo::bind_packing(module);
   module.def("build_info", &build_info,
              "{'compiler', 'flags', 'torch_target_version': the oldest torch the operators load on, 'cuda': bool}");
+  module.def("loss_statistics", &loss_statistics,
+             "{'sums', 'extrema': names}: the operators' statistics_K holds the sums, the minima, then the maxima.");
   module.def("cpu_capability", &cpu_capability,
              "{'offered': by this CPU, 'built': in this build, 'selected': in use}; MEGATRON_FIPO_CPU overrides. "
              "Raises RuntimeError when that variable names kernels that cannot run here.");

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -17,6 +18,7 @@ namespace {
 
 using megatron_fipo::FipoParams;
 using megatron_fipo::Parallel;
+using megatron_fipo::TokenInput;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -85,66 +87,145 @@ Tensor discounted_scan(const Tensor& x, const Tensor& cu_seqlens, double gamma, 
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fipo_loss(
-    const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& response_mask,
-    const Tensor& cu_seqlens, const std::optional<Tensor>& token_weight, const std::optional<Tensor>& carry,
-    bool advantage_is_per_token, double gamma, double weight_low, double weight_high, double safety_threshold,
-    double dual_clip, double clip_low, double clip_high, bool paper) {
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+TokenInput token_input(const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& response_mask,
+                       const std::optional<Tensor>& token_weight, bool advantage_is_per_token, int64_t num_sequences) {
   const int64_t num_tokens = logp.numel();
-  const std::vector<int64_t> offsets = token_offsets(cu_seqlens, num_tokens);
-  const int64_t num_sequences = static_cast<int64_t>(offsets.size()) - 1;
   check_vector(logp, "logp", ScalarType::Float, num_tokens);
   check_vector(old_logp, "old_logp", ScalarType::Float, num_tokens);
   check_vector(advantage, "advantage", ScalarType::Float, advantage_is_per_token ? num_tokens : num_sequences);
   check_vector(response_mask, "response_mask", ScalarType::Bool, num_tokens);
   if (token_weight) check_vector(*token_weight, "token_weight", ScalarType::Float, num_tokens);
+  return {floats(logp),
+          floats(old_logp),
+          static_cast<const uint8_t*>(response_mask.const_data_ptr()),
+          floats(advantage),
+          advantage_is_per_token,
+          token_weight ? floats(*token_weight) : nullptr};
+}
 
-  const FipoParams params = {gamma,
-                             static_cast<float>(weight_low),
-                             static_cast<float>(weight_high),
-                             static_cast<float>(safety_threshold),
-                             static_cast<float>(dual_clip),
-                             static_cast<float>(std::log(dual_clip)),
-                             static_cast<float>(clip_low),
-                             static_cast<float>(clip_high),
-                             paper};
+FipoParams fipo_params(double gamma, double weight_low, double weight_high, double safety_threshold, double dual_clip,
+                       double clip_low, double clip_high, bool paper) {
+  STD_TORCH_CHECK(dual_clip > 1, "dual_clip must be above 1, not ", dual_clip);
+  return {gamma,
+          static_cast<float>(weight_low),
+          static_cast<float>(weight_high),
+          static_cast<float>(safety_threshold),
+          static_cast<float>(dual_clip),
+          static_cast<float>(std::log(dual_clip)),
+          static_cast<float>(clip_low),
+          static_cast<float>(clip_high),
+          paper};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fipo_loss_out(
+    const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& response_mask,
+    const Tensor& cu_seqlens, const std::optional<Tensor>& token_weight, const std::optional<Tensor>& carry,
+    bool advantage_is_per_token, double gamma, double weight_low, double weight_high, double safety_threshold,
+    double dual_clip, double clip_low, double clip_high, bool paper, Tensor grad, Tensor weight) {
+  const int64_t num_tokens = logp.numel();
+  const std::vector<int64_t> offsets = token_offsets(cu_seqlens, num_tokens);
+  const int64_t num_sequences = static_cast<int64_t>(offsets.size()) - 1;
+  const TokenInput in =
+      token_input(logp, old_logp, advantage, response_mask, token_weight, advantage_is_per_token, num_sequences);
+  const FipoParams params =
+      fipo_params(gamma, weight_low, weight_high, safety_threshold, dual_clip, clip_low, clip_high, paper);
+  check_vector(grad, "grad", ScalarType::Float, num_tokens);
+  check_vector(weight, "weight", ScalarType::Float, num_tokens);
+
+  const megatron_fipo::LossSums sums = megatron_fipo::packed_fipo_loss(
+      in, {static_cast<float*>(grad.mutable_data_ptr()), static_cast<float*>(weight.mutable_data_ptr())}, offsets,
+      num_tokens, params, carry_pointer(carry, offsets), torch_threads());
+
   Tensor loss = torch::stable::new_empty(logp, {num_sequences}, ScalarType::Double);
   Tensor counts = torch::stable::new_empty(logp, {num_sequences, 2}, ScalarType::Long);
-  Tensor grad = torch::stable::empty_like(logp);
-  Tensor weight = torch::stable::empty_like(logp);
-  Tensor future_kl = torch::stable::empty_like(logp);
-  const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
-  const std::vector<megatron_fipo::SequenceSums> sums = megatron_fipo::packed_fipo_loss(
-      {floats(logp), floats(old_logp), static_cast<const uint8_t*>(response_mask.const_data_ptr()), floats(advantage),
-       advantage_is_per_token, token_weight ? floats(*token_weight) : nullptr},
-      {static_cast<float*>(grad.mutable_data_ptr()), static_cast<float*>(weight.mutable_data_ptr()),
-       static_cast<float*>(future_kl.mutable_data_ptr())},
-      offsets, num_tokens, params, carry_pointer(carry, offsets), torch_threads());
+  Tensor statistics = torch::stable::new_empty(logp, {megatron_fipo::kNumStatistics}, ScalarType::Double);
   double* loss_data = static_cast<double*>(loss.mutable_data_ptr());
   int64_t* counts_data = static_cast<int64_t*>(counts.mutable_data_ptr());
   for (int64_t s = 0; s < num_sequences; ++s) {
-    loss_data[s] = sums[s].loss;
-    counts_data[2 * s] = sums[s].tokens;
-    counts_data[2 * s + 1] = sums[s].dual_clipped;
+    loss_data[s] = sums.sequences[s].loss;
+    counts_data[2 * s] = sums.sequences[s].tokens;
+    counts_data[2 * s + 1] = sums.sequences[s].dual_clipped;
   }
-  return {loss, counts, grad, weight, future_kl};
+  std::memcpy(statistics.mutable_data_ptr(), &sums.statistics, sizeof(sums.statistics));
+  return {loss, counts, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fipo_loss(
+    const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& response_mask,
+    const Tensor& cu_seqlens, const std::optional<Tensor>& token_weight, const std::optional<Tensor>& carry,
+    bool advantage_is_per_token, double gamma, double weight_low, double weight_high, double safety_threshold,
+    double dual_clip, double clip_low, double clip_high, bool paper) {
+  Tensor grad = torch::stable::empty_like(logp);
+  Tensor weight = torch::stable::empty_like(logp);
+  const auto [loss, counts, statistics] =
+      fipo_loss_out(logp, old_logp, advantage, response_mask, cu_seqlens, token_weight, carry, advantage_is_per_token,
+                    gamma, weight_low, weight_high, safety_threshold, dual_clip, clip_low, clip_high, paper, grad,
+                    weight);
+  return {loss, counts, grad, weight, statistics};
+}
+
+std::tuple<Tensor, Tensor> future_kl_aggregate(const Tensor& logp, const Tensor& old_logp, const Tensor& advantage,
+                                               const Tensor& response_mask, const Tensor& cu_seqlens,
+                                               bool advantage_is_per_token, double gamma, double dual_clip,
+                                               double clip_low, double clip_high) {
+  const std::vector<int64_t> offsets = token_offsets(cu_seqlens, logp.numel());
+  const int64_t num_sequences = static_cast<int64_t>(offsets.size()) - 1;
+  const TokenInput in =
+      token_input(logp, old_logp, advantage, response_mask, {}, advantage_is_per_token, num_sequences);
+  const FipoParams params = fipo_params(gamma, 0, 0, 0, dual_clip, clip_low, clip_high, false);
+  const std::vector<megatron_fipo::Aggregate> sequences =
+      megatron_fipo::packed_future_kl_aggregate(in, offsets, params, torch_threads());
+  Tensor aggregate = torch::stable::new_empty(logp, {num_sequences}, ScalarType::Float);
+  Tensor beyond_c = torch::stable::new_empty(logp, {num_sequences}, ScalarType::Int);
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    static_cast<float*>(aggregate.mutable_data_ptr())[s] = static_cast<float>(sequences[s].future_kl);
+    static_cast<int32_t*>(beyond_c.mutable_data_ptr())[s] = static_cast<int32_t>(sequences[s].beyond_c);
+  }
+  return {aggregate, beyond_c};
+}
+
+Tensor scale_per_sequence(const Tensor& values, const Tensor& scale, const Tensor& cu_seqlens) {
+  const int64_t num_tokens = values.numel();
+  check_vector(values, "values", ScalarType::Float, num_tokens);
+  const std::vector<int64_t> offsets = token_offsets(cu_seqlens, num_tokens);
+  check_vector(scale, "scale", ScalarType::Double, static_cast<int64_t>(offsets.size()) - 1);
+  Tensor out = torch::stable::empty_like(values);
+  megatron_fipo::packed_scale(floats(values), static_cast<const double*>(scale.const_data_ptr()),
+                              static_cast<float*>(out.mutable_data_ptr()), offsets, num_tokens, torch_threads());
+  return out;
 }
 
 }  // namespace
+
+// clang-format off
+#define FIPO_LOSS_ARGUMENTS \
+  "Tensor logp, Tensor old_logp, Tensor advantage, Tensor response_mask, Tensor cu_seqlens, Tensor? token_weight, " \
+  "Tensor? carry, bool advantage_is_per_token, float gamma, float weight_low, float weight_high, " \
+  "float safety_threshold, float dual_clip, float clip_low, float clip_high, bool paper"
+// clang-format on
 
 STABLE_TORCH_LIBRARY(megatron_fipo, library) {
   library.def("discounted_scan(Tensor x, Tensor cu_seqlens, float gamma, bool reverse, Tensor? carry) -> Tensor");
   library.def(
       "discounted_scan_out(Tensor x, Tensor cu_seqlens, float gamma, bool reverse, Tensor? carry, Tensor(a!) out) -> ()");
+  library.def("fipo_loss(" FIPO_LOSS_ARGUMENTS
+              ") -> (Tensor loss_S, Tensor counts_S2, Tensor grad_T, Tensor weight_T, Tensor statistics_K)");
+  library.def("fipo_loss_out(" FIPO_LOSS_ARGUMENTS
+              ", Tensor(a!) grad, Tensor(b!) weight) -> (Tensor loss_S, Tensor counts_S2, Tensor statistics_K)");
   library.def(
-      "fipo_loss(Tensor logp, Tensor old_logp, Tensor advantage, Tensor response_mask, Tensor cu_seqlens, "
-      "Tensor? token_weight, Tensor? carry, bool advantage_is_per_token, float gamma, float weight_low, "
-      "float weight_high, float safety_threshold, float dual_clip, float clip_low, float clip_high, bool paper) -> "
-      "(Tensor loss_S, Tensor counts_S2, Tensor grad_T, Tensor weight_T, Tensor future_kl_T)");
+      "future_kl_aggregate(Tensor logp, Tensor old_logp, Tensor advantage, Tensor response_mask, Tensor cu_seqlens, "
+      "bool advantage_is_per_token, float gamma, float dual_clip, float clip_low, float clip_high) -> "
+      "(Tensor aggregate_S, Tensor beyond_c_S)");
+  library.def("scale_per_sequence(Tensor values_T, Tensor scale_S, Tensor cu_seqlens) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_fipo, CPU, library) {
   library.impl("discounted_scan", TORCH_BOX(&discounted_scan));
   library.impl("discounted_scan_out", TORCH_BOX(&discounted_scan_out));
   library.impl("fipo_loss", TORCH_BOX(&fipo_loss));
+  library.impl("fipo_loss_out", TORCH_BOX(&fipo_loss_out));
+  library.impl("future_kl_aggregate", TORCH_BOX(&future_kl_aggregate));
+  library.impl("scale_per_sequence", TORCH_BOX(&scale_per_sequence));
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/fipo.h"
+#include "core/statistics.h"
 
 namespace megatron_fipo {
 
@@ -24,9 +25,24 @@ void packed_scan(const float* x, float* y, const std::vector<int64_t>& offsets, 
 void packed_scan(const double* x, double* y, const std::vector<int64_t>& offsets, int64_t num_tokens, double gamma,
                  bool reverse, const double* carry, const Parallel& parallel);
 
-// `in` and `out` point at the first token; in.advantage at [T] or [S]; returns the sums of each sequence.
-std::vector<SequenceSums> packed_fipo_loss(const TokenInput& in, const TokenOutput& out,
-                                           const std::vector<int64_t>& offsets, int64_t num_tokens,
-                                           const FipoParams& params, const double* carry, const Parallel& parallel);
+// `in` and `out` point at the first token; in.advantage at [T] or [S].
+struct LossSums {
+  std::vector<SequenceSums> sequences;
+  Statistics statistics;
+};
+LossSums packed_fipo_loss(const TokenInput& in, const TokenOutput& out, const std::vector<int64_t>& offsets,
+                          int64_t num_tokens, const FipoParams& params, const double* carry, const Parallel& parallel);
+
+// Each sequence's future KL at its first token with nothing behind its last, and its tokens beyond c.
+struct Aggregate {
+  double future_kl = 0.0;
+  int64_t beyond_c = 0;
+};
+std::vector<Aggregate> packed_future_kl_aggregate(const TokenInput& in, const std::vector<int64_t>& offsets,
+                                                  const FipoParams& params, const Parallel& parallel);
+
+// y[t] = x[t] * scale[sequence of t]; tokens from offsets.back() to num_tokens give 0.
+void packed_scale(const float* x, const double* scale, float* y, const std::vector<int64_t>& offsets,
+                  int64_t num_tokens, const Parallel& parallel);
 
 }  // namespace megatron_fipo

@@ -14,49 +14,57 @@ Per response token t, with d = clamp(logp - old_logp, -20, 20), r = exp(d), adva
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_fipo.loss.config import FipoConfig
-from megatron_fipo.loss.metrics import LossStatistics, TokenTerms, exact_ratio_quantiles
+from megatron_fipo.loss.metrics import (
+    MAX_FUTURE_KL,
+    MAX_LOG_RATIO,
+    LossStatistics,
+    RatioTerms,
+    exact_ratio_quantiles,
+    token_statistics,
+)
 from megatron_fipo.loss.normalization import loss_scale
 from megatron_fipo.ops.fused_loss import fused_fipo_loss
-from megatron_fipo.ops.packed import check_cu_seqlens, expand_to_tokens, sum_per_sequence
+from megatron_fipo.ops.packed import check_cu_seqlens, check_offsets, sum_per_sequence
 from megatron_fipo.ops.reference import reference_discounted_scan
 
-MAX_LOG_RATIO = 20.0
-MAX_FUTURE_KL = 80.0  # exp saturates there, so that an unbounded weight times a ratio stays finite in fp32
 BACKENDS = ("compiled", "torch")
 
 
 @dataclass(frozen=True)
 class FipoOutput:
-    """loss = loss_sum / denominator, differentiable in logp like loss_sum; scalars in logp's dtype, denominator fp64.
+    """loss = loss_sum / denominator, differentiable in logp like loss_sum; scalars fp32 (fp64 for an fp64 logp).
 
     With normalization "token" the denominator is the number of kept response tokens: over micro-batches and ranks, add
     up both and divide once. With "group" and "sequence" the sum is already scaled and the denominator is 1.
-    weights_T: f, [T] like logp, no gradient. terms, normalizer: what the statistics are made from; normalizer is this
-    call's additive share of the whole mini-batch's denominator.
+    denominator: fp64. weights_T: f, [T], no gradient; outside the response that of F = 0. The rest is what the
+    statistics are made from; normalizer is this call's additive share of the whole mini-batch's denominator.
     """
 
     loss: Tensor
     loss_sum: Tensor
     denominator: Tensor
     weights_T: Tensor
-    terms: TokenTerms
-    config: FipoConfig
+    token_statistics_K: Tensor
+    ratios: RatioTerms
     normalizer: Tensor
 
     @cached_property
     def statistics(self) -> LossStatistics:
         """Mergeable over micro-batches and ranks."""
-        return LossStatistics.of(self.terms, self.config, loss_sum=self.loss_sum.detach(), normalizer=self.normalizer)
+        return LossStatistics.of(
+            self.token_statistics_K, self.ratios, loss_sum=self.loss_sum.detach(), normalizer=self.normalizer
+        )
 
     @cached_property
     def metrics(self) -> dict[str, float]:
         """{"actor/NAME": value} of this call alone, with exact quantiles."""
-        return self.statistics.metrics(exact_ratio_quantiles(self.terms))
+        return self.statistics.metrics(exact_ratio_quantiles(self.ratios))
 
 
 def fipo_loss(
@@ -70,51 +78,63 @@ def fipo_loss(
     group_ids_S: Tensor | None = None,
     token_weight_T: Tensor | None = None,
     loss_scale_S: Tensor | None = None,
+    carry_S: Tensor | None = None,
+    beyond_c_S: Tensor | None = None,
     backend: str = "compiled",
 ) -> FipoOutput:
     """The FIPO loss of S packed sequences; the only gradient is that of logp_T.
 
-    logp_T, old_logp_T: [T] fp32 (backend "torch" also fp64), log-prob of each token under the trained policy and under
-    the one before this rollout's first update. advantage: [S] or [T] ([S] if both fit). response_mask_T: [T] bool; what
-    lies outside it, NaN included, has no influence. cu_seqlens_S1: [S + 1] int32 or int64.
+    logp_T, old_logp_T: [T] fp32 or bf16 (backend "torch": fp32 or fp64), log-prob of each token under the trained
+    policy and under the one before this rollout's first update. advantage: [S] or [T] ([S] if both fit).
+    response_mask_T: [T] bool; what lies outside it, NaN included, has no influence.
+    cu_seqlens_S1: [S + 1] int32 or int64.
     group_ids_S: [S], for normalization "group". token_weight_T: [T], factor of the token loss (importance correction).
     loss_scale_S: [S], `loss_scale` of the whole mini-batch, for callers that pass only a part of it.
+    carry_S, beyond_c_S: for callers that pass a part of each sequence (context parallelism): float [S], F just past the
+    part's end, and int [S], the tokens with A < 0 and r > c of the whole sequence, by which the filter decides.
     backend: "compiled", or "torch" for the same in plain torch on any device.
     Raises ValueError, naming the argument, for wrong shapes, dtypes or missing group_ids_S.
     """
     num_tokens, num_sequences = logp_T.shape[0], cu_seqlens_S1.shape[0] - 1
-    _check(logp_T, old_logp_T, response_mask_T, token_weight_T, backend)
-    check_cu_seqlens(cu_seqlens_S1, num_tokens)
+    check_token_tensors(logp_T, old_logp_T, response_mask_T, token_weight_T, backend)
+    check_cu_seqlens(cu_seqlens_S1)
+    if backend == "torch":
+        check_offsets(cu_seqlens_S1, num_tokens)
     if advantage.shape not in ((num_sequences,), (num_tokens,)):
         raise ValueError(f"advantage must have shape [{num_sequences}] or [{num_tokens}], not {list(advantage.shape)}")
 
+    for name, values_S in (("carry_S", carry_S), ("beyond_c_S", beyond_c_S), ("loss_scale_S", loss_scale_S)):
+        if values_S is not None and values_S.shape != (num_sequences,):
+            raise ValueError(f"{name} must have shape [{num_sequences}], not {list(values_S.shape)}")
+
+    if logp_T.device.type == "cpu" and logp_T.dtype == torch.bfloat16:  # only the CUDA kernels read it as it is
+        logp_T, old_logp_T = logp_T.float(), old_logp_T.float()
+    dtype = torch.float64 if logp_T.dtype == torch.float64 else torch.float32
     cu_seqlens_S1 = cu_seqlens_S1.contiguous()
-    inside_T = torch.arange(num_tokens, device=logp_T.device) < cu_seqlens_S1[-1]
-    mask_T = response_mask_T & inside_T
-    old_logp_T = old_logp_T.detach()
-    advantage = advantage.detach().to(logp_T.dtype)
-    token_weight_T = None if token_weight_T is None else token_weight_T.detach().to(logp_T.dtype)
-    sums = compiled_token_losses if backend == "compiled" else torch_token_losses
-    loss_S, tokens_S, beyond_c_S, terms = sums(
-        logp_T, old_logp_T, advantage, mask_T, cu_seqlens_S1, token_weight_T, config
+    ratios = RatioTerms(
+        logp_T.detach(), old_logp_T.detach(), advantage.detach().to(dtype), response_mask_T, cu_seqlens_S1
     )
+    token_weight_T = None if token_weight_T is None else token_weight_T.detach().to(dtype)
+    carry_S = None if carry_S is None else carry_S.detach().double()
+    token_losses = compiled_token_losses if backend == "compiled" else torch_token_losses
+    losses = token_losses(logp_T, ratios, token_weight_T, carry_S, config)
+    loss_S, tokens_S = losses.loss_S, losses.tokens_S
+    beyond_c_S = losses.beyond_c_S if beyond_c_S is None else beyond_c_S
 
     # sequence filter: a response with several tokens beyond c has drifted away as a whole
     kept_S = beyond_c_S <= 1 if config.filters_sequences else torch.ones_like(beyond_c_S, dtype=torch.bool)
     per_token = config.resolved_normalization == "token"
     if loss_scale_S is None:
         loss_scale_S = loss_scale(config.resolved_normalization, tokens_S, group_ids_S)
-    elif loss_scale_S.shape != (num_sequences,):
-        raise ValueError(f"loss_scale_S must have shape [{num_sequences}], not {list(loss_scale_S.shape)}")
     loss_scale_S = loss_scale_S.double()
-    loss_sum = torch.where(kept_S, loss_S * loss_scale_S, 0.0).sum().to(logp_T.dtype)
+    loss_sum = torch.where(kept_S, loss_S * loss_scale_S, 0.0).sum().to(dtype)
 
     # the share of the mini-batch in this call: kept tokens, or the part of 1 that its tokens hold
     counted_S = torch.where(kept_S, tokens_S, 0) if per_token else tokens_S
     normalizer = (counted_S * loss_scale_S).sum()
     denominator = normalizer if per_token else torch.ones_like(normalizer)
     loss = loss_sum / torch.where(denominator > 0, denominator, 1.0).to(loss_sum.dtype)
-    return FipoOutput(loss, loss_sum, denominator, terms.weight_T, terms, config, normalizer)
+    return FipoOutput(loss, loss_sum, denominator, losses.weight_T, losses.statistics_K, ratios, normalizer)
 
 
 def influence_weight(future_kl_T: Tensor, ratio_T: Tensor, advantage_T: Tensor, config: FipoConfig) -> Tensor:
@@ -124,60 +144,59 @@ def influence_weight(future_kl_T: Tensor, ratio_T: Tensor, advantage_T: Tensor, 
     return torch.where((advantage_T < 0) & (ratio_T > config.safety_threshold), safe_T, weight_T)
 
 
+class TokenLosses(NamedTuple):
+    """Per sequence the fp64 sum of token losses (differentiable in logp), response tokens and tokens beyond c; f [T];
+    the statistics of the tokens, fp64 [K] in the operator's order."""
+
+    loss_S: Tensor
+    tokens_S: Tensor
+    beyond_c_S: Tensor
+    weight_T: Tensor
+    statistics_K: Tensor
+
+
 def torch_token_losses(
-    logp_T: Tensor,
-    old_logp_T: Tensor,
-    advantage: Tensor,
-    mask_T: Tensor,
-    cu_seqlens_S1: Tensor,
-    token_weight_T: Tensor | None,
-    config: FipoConfig,
-) -> tuple[Tensor, Tensor, Tensor, TokenTerms]:
-    """Per sequence the fp64 sum of token losses (differentiable), response tokens, tokens beyond c; and the terms."""
-    c = config.dual_clip
-    # selected, never multiplied by the mask: padding may hold NaN
-    d_T = torch.where(mask_T, logp_T - old_logp_T, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    A_T = torch.where(mask_T, _per_token(advantage, cu_seqlens_S1, logp_T.shape[0]), 0.0)
+    logp_T: Tensor, ratios: RatioTerms, token_weight_T: Tensor | None, carry_S: Tensor | None, config: FipoConfig
+) -> TokenLosses:
+    """In plain torch: what the fused operator is measured by."""
+    c, mask_T, A_T, cu_seqlens_S1 = config.dual_clip, ratios.mask_T, ratios.advantage_T, ratios.cu_seqlens_S1
+    d_T = torch.where(mask_T, logp_T - ratios.old_logp_T, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     r_T = d_T.exp()
 
     with torch.no_grad():
         x_T = torch.where(d_T <= math.log(c), d_T, 0.0)
-        F_T = reference_discounted_scan(x_T.double(), cu_seqlens_S1, config.gamma).to(x_T.dtype)
+        F_T = reference_discounted_scan(x_T.double(), cu_seqlens_S1, config.gamma, carry=carry_S).to(x_T.dtype)
+        F_T = torch.where(mask_T, F_T, 0.0)
         f_T = influence_weight(F_T, r_T, A_T, config)
 
     clipped_r_T = r_T.clamp(1 - config.clip_low, 1 + config.clip_high)
     w_T = A_T * f_T
     l1_T, l2_T = -w_T * r_T, -w_T * clipped_r_T
     loss_T = torch.where(l1_T >= l2_T, l1_T, l2_T)  # torch.maximum would halve the gradient where they are equal
-    beyond_c_T = (A_T < 0) & (torch.maximum(r_T, clipped_r_T) > c)
+    beyond_c_T = (A_T < 0) & (r_T > c)  # the same as max(r, clip(r)) > c, as c > 1
     if not config.is_paper:
         loss_T = torch.where(beyond_c_T, -w_T * c, loss_T)
     if token_weight_T is not None:
         loss_T = loss_T * torch.where(mask_T, token_weight_T, 0.0)
 
     loss_S, tokens_S, beyond_c_S = (sum_per_sequence(v_T, cu_seqlens_S1) for v_T in (loss_T, mask_T, beyond_c_T))
-    terms = TokenTerms(d_T.detach(), F_T, f_T, A_T, mask_T)
-    return loss_S, tokens_S.long(), beyond_c_S.long(), terms
+    return TokenLosses(loss_S, tokens_S.long(), beyond_c_S.long(), f_T, token_statistics(ratios, F_T, f_T, config))
 
 
 def compiled_token_losses(
-    logp_T: Tensor,
-    old_logp_T: Tensor,
-    advantage: Tensor,
-    mask_T: Tensor,
-    cu_seqlens_S1: Tensor,
-    token_weight_T: Tensor | None,
-    config: FipoConfig,
-) -> tuple[Tensor, Tensor, Tensor, TokenTerms]:
-    """The same by the fused operator."""
+    logp_T: Tensor, ratios: RatioTerms, token_weight_T: Tensor | None, carry_S: Tensor | None, config: FipoConfig
+) -> TokenLosses:
+    """By the fused operator."""
+    num_sequences = ratios.cu_seqlens_S1.shape[0] - 1
     fused = fused_fipo_loss(
         logp_T.contiguous(),
-        old_logp_T.contiguous(),
-        advantage.contiguous(),
-        mask_T,
-        cu_seqlens_S1,
+        ratios.old_logp_T.contiguous(),
+        ratios.advantage.contiguous(),
+        ratios.response_mask_T.contiguous(),
+        ratios.cu_seqlens_S1,
         token_weight_T=None if token_weight_T is None else token_weight_T.contiguous(),
-        advantage_is_per_token=advantage.shape[0] != cu_seqlens_S1.shape[0] - 1,
+        carry=None if carry_S is None else carry_S.contiguous(),
+        advantage_is_per_token=ratios.advantage.shape[0] != num_sequences,
         gamma=config.gamma,
         weight_low=config.weight_low,
         weight_high=config.weight_high,
@@ -187,25 +206,15 @@ def compiled_token_losses(
         clip_high=config.clip_high,
         paper=config.is_paper,
     )
-    with torch.no_grad():
-        d_T = torch.where(mask_T, logp_T - old_logp_T, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        A_T = torch.where(mask_T, _per_token(advantage, cu_seqlens_S1, logp_T.shape[0]), 0.0)
-    terms = TokenTerms(d_T, fused.future_kl_T, fused.weight_T, A_T, mask_T)
-    return fused.loss_S, fused.counts_S2[:, 0], fused.counts_S2[:, 1], terms
+    return TokenLosses(fused.loss_S, fused.counts_S2[:, 0], fused.counts_S2[:, 1], fused.weight_T, fused.statistics_K)
 
 
-def _per_token(advantage: Tensor, cu_seqlens_S1: Tensor, num_tokens: int) -> Tensor:
-    if advantage.shape[0] == cu_seqlens_S1.shape[0] - 1:
-        return expand_to_tokens(advantage, cu_seqlens_S1, num_tokens)
-    return advantage
-
-
-def _check(
+def check_token_tensors(
     logp_T: Tensor, old_logp_T: Tensor, response_mask_T: Tensor, token_weight_T: Tensor | None, backend: str
 ) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    allowed = (torch.float32,) if backend == "compiled" else (torch.float32, torch.float64)
+    allowed = (torch.float32, torch.bfloat16) if backend == "compiled" else (torch.float32, torch.float64)
     if logp_T.dim() != 1 or logp_T.dtype not in allowed:
         names = " or ".join(str(dtype) for dtype in allowed)
         raise ValueError(f"logp_T must be {names} of shape [T], not {logp_T.dtype} {list(logp_T.shape)}")

@@ -3,11 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from megatron_fipo.loss.config import FipoConfig
+from megatron_fipo.ops.fused_loss import EXTREMA
+from megatron_fipo.ops.fused_loss import SUMS as TOKEN_SUMS
+from megatron_fipo.ops.packed import expand_to_tokens
+
+MAX_LOG_RATIO = 20.0  # d is clamped to +- this
+MAX_FUTURE_KL = 80.0  # exp saturates there, so that an unbounded weight times a ratio stays finite in fp32
 
 # Histograms of d = log r have bins of equal width in asinh(d / 1e-3): fine where most tokens are, relative further out.
 # A quantile read from them is off by at most half a bin, |error of log r| <= 0.0013 sqrt(log(r)^2 + 1e-6).
@@ -16,24 +23,8 @@ HISTOGRAM_BINS = 8191  # odd: d = 0 is the centre of the middle bin
 _HALF = HISTOGRAM_BINS // 2
 _BIN_WIDTH = math.asinh(20.0 / HISTOGRAM_SCALE) / _HALF
 
-SUMS = (
-    "tokens",
-    "normalizer",
-    "loss",
-    "log_ratio",
-    "clipped",
-    "dual_clipped",
-    "weight",
-    "raw_weight",
-    "weight_at_high",
-    "weight_at_low",
-    "active",
-    "negative_2_3",
-    "negative_3_4",
-    "negative_4_c",
-    "positive_small",
-)
-EXTREMA = ("weight", "raw_weight", "negative_log_ratio", "positive_log_ratio")
+# what the token pass sums, then what the loss knows beside it
+SUMS = (*TOKEN_SUMS, "normalizer", "loss")
 _SIGNS = ("negative", "positive")
 
 QUANTILES = {
@@ -49,14 +40,37 @@ QUANTILES = {
 
 
 @dataclass(frozen=True)
-class TokenTerms:
-    """[T] each, without gradient and finite: d and A are 0 outside the response."""
+class RatioTerms:
+    """What the quantiles of r are made from, computed when somebody logs them; no gradient.
 
-    log_ratio_T: Tensor
-    future_kl_T: Tensor
-    weight_T: Tensor
-    advantage_T: Tensor
-    mask_T: Tensor
+    logp_T, old_logp_T, response_mask_T: [T] as given. advantage: [S] or [T] ([S] if both fit).
+    """
+
+    logp_T: Tensor
+    old_logp_T: Tensor
+    advantage: Tensor
+    response_mask_T: Tensor
+    cu_seqlens_S1: Tensor
+
+    @cached_property
+    def mask_T(self) -> Tensor:
+        """Response tokens of a sequence: what lies past cu_seqlens[-1] is none."""
+        tokens_T = torch.arange(self.logp_T.shape[0], device=self.logp_T.device)
+        return self.response_mask_T & (tokens_T < self.cu_seqlens_S1[-1])
+
+    @cached_property
+    def log_ratio_T(self) -> Tensor:
+        """d, 0 outside the response: selected, never multiplied by the mask, as padding may hold NaN."""
+        ratio_T = torch.where(self.mask_T, self.logp_T - self.old_logp_T, 0.0)
+        return ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    @cached_property
+    def advantage_T(self) -> Tensor:
+        """A, 0 outside the response."""
+        advantage = self.advantage
+        if advantage.shape[0] == self.cu_seqlens_S1.shape[0] - 1:
+            advantage = expand_to_tokens(advantage, self.cu_seqlens_S1, self.logp_T.shape[0])
+        return torch.where(self.mask_T, advantage, 0.0)
 
 
 @dataclass(frozen=True)
@@ -82,48 +96,18 @@ class LossStatistics:
         )
 
     @classmethod
-    def of(cls, terms: TokenTerms, config: FipoConfig, *, loss_sum: Tensor, normalizer: Tensor) -> "LossStatistics":
-        """loss_sum / normalizer is the loss: both add up over the parts of a mini-batch."""
-        if terms.mask_T.shape[0] == 0:
-            return cls.empty(terms.mask_T.device)
-        mask_T, d_T, f_T = terms.mask_T, terms.log_ratio_T, terms.weight_T
-        r_T, raw_f_T = d_T.exp(), terms.future_kl_T.clamp(-80.0, 80.0).exp()
-        negative_T, positive_T = mask_T & (terms.advantage_T < 0), mask_T & (terms.advantage_T > 0)
-        c = config.dual_clip
-        # with the range [0, 10] the released code takes the weight as unclipped
-        ranged_T = mask_T if (config.weight_low, config.weight_high) != (0.0, 10.0) else torch.zeros_like(mask_T)
-
-        def total(values_T: Tensor) -> Tensor:
-            return torch.where(mask_T, values_T, 0.0).sum(dtype=torch.float64)
-
-        sums = {
-            "tokens": mask_T.sum(),
-            "normalizer": normalizer,
-            "loss": loss_sum,
-            "log_ratio": total(d_T),
-            "clipped": ((negative_T & (r_T < 1 - config.clip_low)) | (positive_T & (r_T > 1 + config.clip_high))).sum(),
-            "dual_clipped": (negative_T & (r_T.clamp(min=1 - config.clip_low) > c)).sum(),
-            "weight": total(f_T),
-            "raw_weight": total(raw_f_T),
-            "weight_at_high": (ranged_T & (f_T >= config.weight_high)).sum(),
-            "weight_at_low": (ranged_T & (f_T <= config.weight_low)).sum(),
-            "active": (mask_T & (f_T != 1)).sum(),
-            "negative_2_3": (negative_T & (r_T >= 2) & (r_T < 3)).sum(),
-            "negative_3_4": (negative_T & (r_T >= 3) & (r_T < 4)).sum(),
-            "negative_4_c": (negative_T & (r_T >= 4) & (r_T < c)).sum(),
-            "positive_small": (positive_T & (r_T < 1e-3)).sum(),
-        }
-        ranges = {
-            "weight": (f_T, mask_T),
-            "raw_weight": (raw_f_T, mask_T),
-            "negative_log_ratio": (d_T, negative_T),
-            "positive_log_ratio": (d_T, positive_T),
-        }
+    def of(
+        cls, token_statistics_K: Tensor, ratios: RatioTerms, *, loss_sum: Tensor, normalizer: Tensor
+    ) -> "LossStatistics":
+        """From the statistics of a token pass; loss_sum / normalizer is the loss, both add up over the parts."""
+        sums, minima, maxima = token_statistics_K.split([len(TOKEN_SUMS), len(EXTREMA), len(EXTREMA)])
         return cls(
-            sums=torch.stack([sums[name].double() for name in SUMS]),
-            minima=torch.stack([torch.where(m_T, v_T, torch.inf).amin() for v_T, m_T in _pick(ranges)]).double(),
-            maxima=torch.stack([torch.where(m_T, v_T, -torch.inf).amax() for v_T, m_T in _pick(ranges)]).double(),
-            histograms=_histograms(d_T, negative_T, positive_T),
+            sums=torch.cat([sums, torch.stack([normalizer.double(), loss_sum.double()])]),
+            minima=minima.clone(),
+            maxima=maxima.clone(),
+            histograms=_histograms(
+                ratios.log_ratio_T, ratios.mask_T & (ratios.advantage_T < 0), ratios.mask_T & (ratios.advantage_T > 0)
+            ),
         )
 
     @staticmethod
@@ -187,11 +171,54 @@ class LossStatistics:
         }
 
 
-def exact_ratio_quantiles(terms: TokenTerms) -> dict[str, float]:
+def token_statistics(ratios: RatioTerms, future_kl_T: Tensor, weight_T: Tensor, config: FipoConfig) -> Tensor:
+    """fp64 [K]: the operator's statistics_K, in plain torch."""
+    mask_T, d_T, f_T = ratios.mask_T, ratios.log_ratio_T, weight_T
+    r_T, raw_f_T = d_T.exp(), future_kl_T.clamp(-MAX_FUTURE_KL, MAX_FUTURE_KL).exp()
+    negative_T, positive_T = mask_T & (ratios.advantage_T < 0), mask_T & (ratios.advantage_T > 0)
+    c = config.dual_clip
+    # with the range [0, 10] the released code takes the weight as unclipped
+    ranged_T = mask_T if (config.weight_low, config.weight_high) != (0.0, 10.0) else torch.zeros_like(mask_T)
+
+    def total(values_T: Tensor) -> Tensor:
+        return torch.where(mask_T, values_T, 0.0).sum(dtype=torch.float64)
+
+    sums = {
+        "tokens": mask_T.sum(),
+        "log_ratio": total(d_T),
+        "clipped": ((negative_T & (r_T < 1 - config.clip_low)) | (positive_T & (r_T > 1 + config.clip_high))).sum(),
+        "dual_clipped": (negative_T & (r_T > c)).sum(),
+        "weight": total(f_T),
+        "raw_weight": total(raw_f_T),
+        "weight_at_high": (ranged_T & (f_T >= config.weight_high)).sum(),
+        "weight_at_low": (ranged_T & (f_T <= config.weight_low)).sum(),
+        "active": (mask_T & (f_T != 1)).sum(),
+        "negative_2_3": (negative_T & (r_T >= 2) & (r_T < 3)).sum(),
+        "negative_3_4": (negative_T & (r_T >= 3) & (r_T < 4)).sum(),
+        "negative_4_c": (negative_T & (r_T >= 4) & (r_T < c)).sum(),
+        "positive_small": (positive_T & (r_T < 1e-3)).sum(),
+    }
+    ranges = {
+        "weight": (f_T, mask_T),
+        "raw_weight": (raw_f_T, mask_T),
+        "negative_log_ratio": (d_T, negative_T),
+        "positive_log_ratio": (d_T, positive_T),
+    }
+    # one element more, so that there is a minimum without tokens
+    lowest = [torch.where(m_T, v_T, torch.inf) for v_T, m_T in (ranges[name] for name in EXTREMA)]
+    highest = [torch.where(m_T, v_T, -torch.inf) for v_T, m_T in (ranges[name] for name in EXTREMA)]
+    return torch.stack(
+        [sums[name].double() for name in TOKEN_SUMS]
+        + [torch.nn.functional.pad(v_T, (0, 1), value=torch.inf).amin().double() for v_T in lowest]
+        + [torch.nn.functional.pad(v_T, (0, 1), value=-torch.inf).amax().double() for v_T in highest]
+    )
+
+
+def exact_ratio_quantiles(ratios: RatioTerms) -> dict[str, float]:
     """The quantiles of r where A < 0 and where A > 0, interpolated linearly like torch.quantile; costs two sorts."""
     ordered = {
-        "negative": terms.log_ratio_T[terms.mask_T & (terms.advantage_T < 0)].sort().values,
-        "positive": terms.log_ratio_T[terms.mask_T & (terms.advantage_T > 0)].sort().values,
+        "negative": ratios.log_ratio_T[ratios.mask_T & (ratios.advantage_T < 0)].sort().values,
+        "positive": ratios.log_ratio_T[ratios.mask_T & (ratios.advantage_T > 0)].sort().values,
     }
     return {
         name: _interpolate(lambda rank, d=ordered[sign]: math.exp(float(d[rank])), ordered[sign].shape[0], q)
@@ -215,10 +242,6 @@ def _histograms(d_T: Tensor, negative_T: Tensor, positive_T: Tensor) -> Tensor:
     slot_T = torch.where(negative_T, bin_T, torch.where(positive_T, bin_T + HISTOGRAM_BINS, 2 * HISTOGRAM_BINS))
     counts = torch.zeros(2 * HISTOGRAM_BINS + 1, dtype=torch.int64, device=d_T.device)
     return counts.scatter_add_(0, slot_T, torch.ones_like(slot_T))[:-1].view(2, HISTOGRAM_BINS)
-
-
-def _pick(ranges: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [ranges[name] for name in EXTREMA]
 
 
 def _or_zero(value: float) -> float:

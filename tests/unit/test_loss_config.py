@@ -57,7 +57,7 @@ def test_unknown_preset():
     "arguments, named",
     [
         (dict(backend="triton"), "backend"),
-        (dict(logp_T=torch.zeros(4, dtype=torch.bfloat16)), "logp_T"),
+        (dict(logp_T=torch.zeros(4, dtype=torch.float16)), "logp_T"),
         (dict(logp_T=torch.zeros(4, dtype=torch.float64), old_logp_T=torch.zeros(4).double()), "logp_T"),
         (dict(old_logp_T=torch.zeros(4, dtype=torch.bfloat16)), "old_logp_T"),
         (dict(old_logp_T=torch.zeros(3)), "old_logp_T"),

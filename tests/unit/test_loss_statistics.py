@@ -62,6 +62,25 @@ def test_micro_batches_add_up(cuts, normalization, backend):
     assert merged.metrics() == pytest.approx(whole.statistics.metrics(), rel=1e-6, abs=1e-7)
 
 
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        FipoConfig(),
+        FipoConfig(weight_low=0.0, weight_high=10.0),
+        FipoConfig(weight_low=0.9, weight_high=1.1, dual_clip=4.5, safety_threshold=1.3),
+        FipoConfig(semantics="paper", weight_low=0.0, weight_high=float("inf"), safety_threshold=2.0),
+    ],
+)
+def test_the_operator_counts_what_plain_torch_counts(cfg):
+    for spread in (0.3, 3.0):
+        logp, old, advantage, mask, cu = make_batch(spread)
+        plain, fused = (
+            fipo_loss(logp, old, advantage, mask, cu, cfg, group_ids_S=GROUPS, backend=backend).token_statistics_K
+            for backend in ("torch", "compiled")
+        )
+        torch.testing.assert_close(fused, plain, rtol=2e-6, atol=1e-7)
+
+
 def test_the_filter_drops_numerator_and_denominator():
     """The batch above has a response with several dual-clipped tokens; without the filter the numbers differ."""
     logp, old, advantage, mask, cu = make_batch()

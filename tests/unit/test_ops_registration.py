@@ -9,7 +9,7 @@ import torch
 
 from megatron_fipo import _host
 from megatron_fipo.loss import FipoConfig, fipo_loss
-from megatron_fipo.ops import library, packed
+from megatron_fipo.ops import future_kl_aggregate, library, packed
 
 operators = library.operators
 SETTINGS = (2 ** (-1 / 32), 0.8, 1.2, 4.0, 3.0, 0.2, 0.28)
@@ -51,6 +51,23 @@ def test_opcheck_fipo_loss(paper, optional):
         operators.fipo_loss.default,
         (logp.requires_grad_(), old_logp, advantage, mask, cu, token_weight, carry, optional, *SETTINGS, paper),
     )
+    buffers = torch.empty(2, logp.shape[0])
+    torch.library.opcheck(
+        operators.fipo_loss_out.default,
+        (logp.detach(), old_logp, advantage, mask, cu, token_weight, carry, optional, *SETTINGS, paper, *buffers),
+    )
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_opcheck_of_the_rest(per_token):
+    logp, old_logp, advantage, mask, cu = make_batch([5, 0, 100, 3], padding=2)
+    if per_token:
+        advantage = torch.randn_like(logp)
+    torch.library.opcheck(
+        operators.future_kl_aggregate.default,
+        (logp, old_logp, advantage, mask, cu, per_token, 0.9, 3.0, 0.2, 0.28),
+    )
+    torch.library.opcheck(operators.scale_per_sequence.default, (logp, torch.randn(4, dtype=torch.float64), cu))
 
 
 def test_compile_of_the_operators_is_one_graph():
@@ -85,6 +102,17 @@ def test_compile_of_the_whole_loss_is_one_graph(backend):
     assert eager.grad.any()
 
 
+def test_bfloat16_log_probs_give_the_loss_of_their_values():
+    logp, old_logp, *rest = make_batch([50, 3])
+    logp, old_logp = logp.bfloat16(), old_logp.bfloat16()
+    halves, floats = logp.clone().requires_grad_(), logp.float().requires_grad_()
+    out = fipo_loss(halves, old_logp, *rest, FipoConfig())
+    expected = fipo_loss(floats, old_logp.float(), *rest, FipoConfig())
+    out.loss.backward(), expected.loss.backward()
+    assert out.loss.dtype == torch.float32 and halves.grad.dtype == torch.bfloat16
+    assert torch.equal(out.loss, expected.loss) and torch.equal(halves.grad, floats.grad.bfloat16())
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     """Long sequences too: the cut into blocks is fixed."""
     batch = make_batch([3, 60_000, 1, 33_000, 9000, 0, 20_000])
@@ -116,23 +144,40 @@ def test_long_sequences_equal_the_torch_backend():
         assert (a - b).abs().max() <= 3e-5 * a.abs().max()
 
 
-def test_carry_continues_a_sequence_cut_in_two():
-    """What context parallelism needs: the second half's first F is the carry of the first half."""
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
+def test_a_sequence_cut_in_two(backend):
+    """What context parallelism needs: the second half's aggregate is the first half's carry, and counts add up."""
     logp, old_logp, advantage, mask, cu = make_batch([100])
-    whole = operators.fipo_loss(logp, old_logp, advantage, mask, cu, None, None, False, *SETTINGS, False)
-    halves, carry = [], None
-    for part in (slice(60, 100), slice(0, 60)):
-        length = torch.tensor([0, part.stop - part.start])
-        half = operators.fipo_loss(
-            logp[part].contiguous(), old_logp[part].contiguous(), advantage, mask[part].contiguous(), length,
-            None, carry, False, *SETTINGS, False,
+    advantage = -advantage.abs()
+    cfg = FipoConfig(weight_low=0.5, weight_high=2.0, dual_clip=1.5, half_life=64.0)
+
+    def part(tokens):
+        length = torch.tensor([0, tokens.stop - tokens.start])
+        return logp[tokens], old_logp[tokens], advantage, mask[tokens], length
+
+    def aggregate(tokens):
+        return future_kl_aggregate(
+            *part(tokens), advantage_is_per_token=False, gamma=cfg.gamma, dual_clip=cfg.dual_clip,
+            clip_low=cfg.clip_low, clip_high=cfg.clip_high,
         )  # fmt: skip
-        carry = half[4][:1].double()
-        halves.append(half)
-    for index in (2, 3, 4):
-        torch.testing.assert_close(torch.cat([halves[1][index], halves[0][index]]), whole[index], rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(halves[0][0] + halves[1][0], whole[0], rtol=1e-6, atol=0)
-    assert torch.equal(halves[0][1] + halves[1][1], whole[1])
+
+    whole, first, second = slice(0, 100), slice(0, 60), slice(60, 100)
+    (F_whole, beyond_whole), (F_first, beyond_first), (F_second, beyond_second) = map(aggregate, (whole, first, second))
+    torch.testing.assert_close(F_first + cfg.gamma**60 * F_second, F_whole, rtol=1e-6, atol=1e-7)
+    assert F_whole.dtype == torch.float32 and beyond_whole.dtype == torch.int32
+    assert beyond_first + beyond_second == beyond_whole > 1
+
+    expected = fipo_loss(*part(whole), cfg, beyond_c_S=torch.zeros(1, dtype=torch.int64), backend=backend)
+    halves = [
+        fipo_loss(*part(tokens), cfg, carry_S=carry, beyond_c_S=torch.ones(1, dtype=torch.int32), backend=backend)
+        for tokens, carry in ((first, F_second), (second, None))
+    ]
+    weights = torch.cat([half.weights_T for half in halves])
+    torch.testing.assert_close(weights, expected.weights_T, rtol=2e-6, atol=1e-6)
+    assert (weights[50:60] != fipo_loss(*part(first), cfg, backend=backend).weights_T[50:60]).any()  # the carry counts
+    torch.testing.assert_close(sum(half.loss_sum for half in halves), expected.loss_sum, rtol=1e-6, atol=0)
+    dropped = fipo_loss(*part(second), cfg, beyond_c_S=beyond_whole, backend=backend)
+    assert dropped.denominator == dropped.loss == 0 != expected.loss
 
 
 def test_expand_to_tokens_and_sequence_of_token():

@@ -96,6 +96,8 @@ def test_alignment_and_neighbours(offset):
     for reverse in (True, False):
         discounted_scan(shifted(logp), cu, 0.9, reverse=reverse, out=scan)
         assert torch.equal(scan, discounted_scan(logp, cu, 0.9, reverse=reverse))
+        in_place = shifted(logp)
+        assert torch.equal(discounted_scan(in_place, cu, 0.9, reverse=reverse, out=in_place), scan)
     for room in (grad_room, weight_room, scan_room):
         assert (room[:offset] == -77).all() and (room[offset + tokens :] == -77).all()
 

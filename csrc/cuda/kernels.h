@@ -58,7 +58,7 @@ struct AggregateResults {
   int32_t* beyond_c;   // [S]
 };
 
-// All of these return a cudaError_t; describe() puts it into words.
+// These return a cudaError_t; describe() puts it into words.
 int discounted_scan(const ScanArguments& arguments, double gamma, bool reverse, const WorkspaceMemory& workspace, void* stream);
 int discounted_scan(const double* x, double* y, const double* carry, int64_t num_tokens, const PackedSequences& sequences,
                     double gamma, bool reverse, void* stream);
@@ -67,9 +67,12 @@ int fipo_loss(const LossArguments& arguments, const FipoParams& params, const Lo
 int future_kl_aggregate(const LossArguments& arguments, const FipoParams& params, const AggregateResults& results,
                         const WorkspaceMemory& workspace, void* stream);
 
-const char* describe(int error);
+// y[t] = x[t] * scale[sequence of t], 0 behind the last sequence.
+int scale_per_sequence(const float* x, const double* scale, float* y, int64_t num_tokens, const PackedSequences& sequences,
+                       void* stream);
+
 int zero(void* data, size_t bytes, void* stream);
-// A number that differs between graph captures; 0 when the stream is not being captured.
-int capture_id(void* stream, uint64_t* id);
+int is_capturing(void* stream, bool* capturing);
+const char* describe(int error);
 
 }  // namespace megatron_fipo::cuda

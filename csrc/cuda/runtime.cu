@@ -12,11 +12,10 @@ int zero(void* data, size_t bytes, void* stream) {
   return static_cast<int>(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-int capture_id(void* stream, uint64_t* id) {
+int is_capturing(void* stream, bool* capturing) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long capture = 0;
-  const cudaError_t error = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &capture);
-  *id = status == cudaStreamCaptureStatusNone ? 0 : capture;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  *capturing = status != cudaStreamCaptureStatusNone;
   return static_cast<int>(error);
 }
 

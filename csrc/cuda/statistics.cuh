@@ -100,9 +100,9 @@ __device__ __forceinline__ bool climb_tree(const Workspace& workspace, int64_t t
     __threadfence();
     __syncthreads();
     const int64_t parent = node / kFanIn, rest = width - parent * kFanIn;
-    const unsigned children = static_cast<unsigned>(rest < kFanIn ? rest : kFanIn);
+    const int children = static_cast<int>(rest < kFanIn ? rest : kFanIn);
     if (threadIdx.x == 0) {
-      shared.completes_node = atomicAdd(arrivals + parent, 1u) == children - 1;
+      shared.completes_node = atomicAdd(arrivals + parent, 1u) == static_cast<unsigned>(children - 1);
       if (shared.completes_node) arrivals[parent] = 0;
     }
     __syncthreads();

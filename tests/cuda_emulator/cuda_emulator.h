@@ -28,7 +28,7 @@
 #define MEGATRON_FIPO_PARAMETER const
 #define MEGATRON_FIPO_SHARED(type, name) type& name = *emulator::shared_memory<type>()
 #define MEGATRON_FIPO_LAUNCH(kernel, blocks, threads, stream, ...) \
-  emulator::launch(static_cast<unsigned>(blocks), threads, [&] { kernel(__VA_ARGS__); })
+  (static_cast<void>(stream), emulator::launch(static_cast<unsigned>(blocks), threads, [&] { kernel(__VA_ARGS__); }))
 
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -104,6 +104,7 @@ struct Launch {
 
 struct Worker {
   ucontext_t scheduler;
+  Random random{1};
   Block* block = nullptr;
   void (*run)(void*) = nullptr;
   void* launch = nullptr;
@@ -116,6 +117,12 @@ inline Worker& worker() {
 __attribute__((noinline)) inline void yield() {
   Worker& w = worker();
   swapcontext(&w.block->fibers[w.block->current].context, &w.scheduler);
+}
+
+// A thread may also fall far behind the others.
+inline void stall() {
+  const int rounds = worker().random() % 6 == 0 ? 60 : 1;
+  for (int i = 0; i < rounds; ++i) yield();
 }
 
 inline void enter_fiber() {
@@ -152,7 +159,8 @@ void work(Launch<Body>& launch, uint64_t seed) {
   Worker& w = worker();
   w.launch = &launch;
   w.run = [](void* p) { (*static_cast<Launch<Body>*>(p)->body)(); };
-  Random random{seed};
+  w.random.state = seed;
+  Random& random = w.random;
   std::unique_ptr<Block[]> blocks(new Block[kResidentBlocks]);
   std::vector<Block*> idle, resident;
   for (int i = 0; i < kResidentBlocks; ++i) idle.push_back(&blocks[i]);
@@ -309,9 +317,9 @@ inline double __longlong_as_double(long long v) { return emulated_bits<double>(v
 
 // Everything that blocks do to each other is a point where the scheduler may switch, before and after.
 inline unsigned atomicAdd(unsigned* p, unsigned v) {
-  emulator::yield();
+  emulator::stall();
   const unsigned before = __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
-  emulator::yield();
+  emulator::stall();
   return before;
 }
 inline unsigned atomicOr(unsigned* p, unsigned v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
@@ -345,9 +353,9 @@ inline void async_wait() {
 }
 
 inline void store_relaxed(uint64_t* p, uint64_t v) {
-  emulator::yield();
+  emulator::stall();
   __atomic_store_n(p, v, __ATOMIC_RELAXED);
-  emulator::yield();
+  emulator::stall();
 }
 inline uint64_t load_relaxed(const uint64_t* p) {
   emulator::yield();

@@ -89,7 +89,15 @@ class Build(BuildExtension):
             target.parent.mkdir(parents=True, exist_ok=True)
             code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
             code.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
-            command = [NVCC, "-std=c++17", "-O3", f"-I{CSRC}", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0", *code]
+            command = [
+                NVCC,
+                "-std=c++17",
+                "-O3",
+                f"-I{CSRC}",
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                "--threads=0",
+                *code,
+            ]
             print(f"{NVCC}: {source.name} for {', '.join(f'sm_{arch}' for arch in ARCHITECTURES)}", flush=True)
             subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         return str(target)

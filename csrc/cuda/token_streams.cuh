@@ -39,11 +39,15 @@ __device__ __forceinline__ void unpack(const uint2& v, float (&out)[kVector]) {
 // valid: how many of the 4 tokens exist. The others read 0. slot: 16 aligned bytes of shared memory of this lane's own.
 template <bool kAligned, class T>
 __device__ __forceinline__ void load_some_tokens(const T* tokens, int valid, void* slot, float (&out)[kVector]) {
-  if (kAligned && valid > 0) {
+  if (kAligned) {
     using Vector = typename Vector4<T>::type;
-    async_copy<sizeof(Vector)>(slot, tokens, valid * static_cast<int>(sizeof(T)));
-    async_wait();
-    unpack(*static_cast<const Vector*>(slot), out);
+    Vector vector = {};
+    if (valid > 0) {
+      async_copy<sizeof(Vector)>(slot, tokens, valid * static_cast<int>(sizeof(T)));
+      async_wait();
+      vector = *static_cast<const Vector*>(slot);
+    }
+    unpack(vector, out);
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) out[i] = i < valid ? to_float(tokens[i]) : 0.0f;

@@ -62,7 +62,9 @@ def _case(kind: str, inputs: Inputs) -> bytes:
     return header + b"".join(map(_vector, [inputs.cu_seqlens_S1, carry, *streams]))
 
 
-def run(program: Path, folder: Path, batches: Sequence[Inputs], seed: int, timeout: float = 120) -> list[dict[str, Tensor]]:
+def run(
+    program: Path, folder: Path, batches: Sequence[Inputs], seed: int, timeout: float = 120
+) -> list[dict[str, Tensor]]:
     """The results of every batch (cuda_cases.results), from one process with one workspace.
 
     seed: of the order in which fibers and blocks run. Raises subprocess errors when the process fails or hangs.

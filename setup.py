@@ -5,8 +5,8 @@
 `megatron_fipo._ops`   tensor operators on LibTorch's stable ABI: no Python, no ATen; loads on every torch from 2.10 on
 `megatron_fipo._host`  pybind11 module for host code: build information and CPU capability; no torch
 
-The CUDA kernels are built in wherever nvcc is found, whichever torch is installed: they need none of its CUDA headers, and
-the one binary loads on a torch with or without CUDA. MEGATRON_FIPO_CUDA=0 leaves them out, =1 insists on them.
+The CUDA kernels are built in wherever nvcc is found, whichever torch is installed: they need none of its CUDA headers,
+and the one binary loads on a torch with or without CUDA. MEGATRON_FIPO_CUDA=0 leaves them out, =1 insists on them.
 """
 
 import os
@@ -122,8 +122,8 @@ if NVCC:
     operators.sources.append("csrc/bindings/ops_cuda.cpp")
     operators.library_dirs += cuda_library_folders(NVCC)
     operators.extra_link_args += [
-        # the symbol that gives the current stream is weak and lives behind libtorch: without this the linker drops libtorch,
-        # and the symbol stays null even on a torch with CUDA
+        # the symbol that gives the current stream is weak and lives behind libtorch: without this the linker drops
+        # libtorch, and the symbol stays null even on a torch with CUDA
         *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"),
         # our own copy of the CUDA runtime, invisible to everybody else's
         *("-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"),

@@ -13,8 +13,8 @@ from megatron_fipo.ops.library import operators
 
 @dataclass(frozen=True)
 class Case:
-    """lengths: tokens per sequence, or how many sequences of random lengths. misaligned: tokens that every stream starts
-    behind a vector boundary. drift: standard deviation of logp - old_logp."""
+    """lengths: tokens per sequence, or how many sequences of random lengths. misaligned: tokens that every stream
+    starts behind a vector boundary. drift: standard deviation of logp - old_logp."""
 
     name: str
     lengths: tuple[int, ...] | int
@@ -86,6 +86,11 @@ class Inputs:
     @property
     def gamma(self) -> float:
         return 2.0 ** (-1.0 / self.case.half_life)
+
+    @property
+    def scale_S(self) -> Tensor:
+        """fp64, for scale_per_sequence."""
+        return torch.arange(self.cu_seqlens_S1.shape[0] - 1, device=self.x_T.device).double().cos()
 
     @property
     def safety_threshold(self) -> float:
@@ -169,6 +174,7 @@ def results(run, inputs: Inputs) -> dict[str, Tensor]:
         "beyond_c": beyond_c_S,
         "reverse": run.discounted_scan(*scan, True, inputs.carry_S),
         "forward": run.discounted_scan(*scan, False, inputs.carry_S),
+        "scaled": run.scale_per_sequence(inputs.x_T, inputs.scale_S, inputs.cu_seqlens_S1),
     }
 
 

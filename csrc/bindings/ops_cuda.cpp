@@ -1,4 +1,5 @@
-// The operators of ops.cpp on CUDA tensors. The schemas stand there. Needs no CUDA header, so it builds against any torch.
+// The operators of ops.cpp on CUDA tensors. The schemas stand there. Needs no CUDA header, so it builds against any
+// torch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,8 +18,8 @@
 #include "core/statistics.h"
 #include "cuda/kernels.h"
 
-// Weak, because a torch without CUDA has no such symbol and must still load this library. setup.py makes the linker keep
-// libtorch, behind which a torch with CUDA has it.
+// Weak, because a torch without CUDA has no such symbol and must still load this library. setup.py makes the linker
+// keep libtorch, behind which a torch with CUDA has it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 // For the test that the symbol is found wherever torch has CUDA.
@@ -48,8 +49,8 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// A workspace for one launch. On each stream launches share one, which grows. A graph that is being captured gets memory of
-// its own from its pool, cleared in the graph: a replay may run beside anything.
+// A workspace for one launch. On each stream launches share one, which grows. A graph that is being captured gets
+// memory of its own from its pool, cleared in the graph: a replay may run beside anything.
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t tokens, void* stream) {
@@ -124,15 +125,17 @@ void discounted_scan_out(const Tensor& x, const Tensor& cu_seqlens, double gamma
   const DeviceGuard guard(x.get_device_index());
   void* stream = current_stream(x.get_device_index());
   if (dtype == ScalarType::Double) {
-    check(cuda::discounted_scan(static_cast<const double*>(x.const_data_ptr()), static_cast<double*>(out.mutable_data_ptr()),
-                                carry_data, num_tokens, sequences, gamma, reverse, stream),
+    check(cuda::discounted_scan(static_cast<const double*>(x.const_data_ptr()),
+                                static_cast<double*>(out.mutable_data_ptr()), carry_data, num_tokens, sequences, gamma,
+                                reverse, stream),
           "discounted_scan");
     return;
   }
   const Workspace workspace(x, num_tokens, stream);
-  check(cuda::discounted_scan({floats(x), static_cast<float*>(out.mutable_data_ptr()), carry_data, num_tokens, sequences},
-                              gamma, reverse, workspace.view(), stream),
-        "discounted_scan");
+  check(
+      cuda::discounted_scan({floats(x), static_cast<float*>(out.mutable_data_ptr()), carry_data, num_tokens, sequences},
+                            gamma, reverse, workspace.view(), stream),
+      "discounted_scan");
 }
 
 Tensor discounted_scan(const Tensor& x, const Tensor& cu_seqlens, double gamma, bool reverse,
@@ -152,7 +155,8 @@ cuda::LossArguments loss_arguments(const Tensor& logp, const Tensor& old_logp, c
   const cuda::PackedSequences sequences = packed_sequences(cu_seqlens, logp);
   check_vector(logp, "logp", dtype, num_tokens);
   check_vector_on(old_logp, "old_logp", dtype, num_tokens, logp);
-  check_vector_on(advantage, "advantage", ScalarType::Float, advantage_is_per_token ? num_tokens : sequences.count, logp);
+  check_vector_on(advantage, "advantage", ScalarType::Float, advantage_is_per_token ? num_tokens : sequences.count,
+                  logp);
   check_vector_on(response_mask, "response_mask", ScalarType::Bool, num_tokens, logp);
   if (token_weight) check_vector_on(*token_weight, "token_weight", ScalarType::Float, num_tokens, logp);
   return {logp.const_data_ptr(),
@@ -172,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor> fipo_loss_out(
     const Tensor& cu_seqlens, const std::optional<Tensor>& token_weight, const std::optional<Tensor>& carry,
     bool advantage_is_per_token, double gamma, double weight_low, double weight_high, double safety_threshold,
     double dual_clip, double clip_low, double clip_high, bool paper, Tensor grad, Tensor weight) {
-  const cuda::LossArguments arguments = loss_arguments(logp, old_logp, advantage, response_mask, cu_seqlens, token_weight,
-                                                       carry, advantage_is_per_token);
+  const cuda::LossArguments arguments =
+      loss_arguments(logp, old_logp, advantage, response_mask, cu_seqlens, token_weight, carry, advantage_is_per_token);
   check_vector_on(grad, "grad", ScalarType::Float, arguments.num_tokens, logp);
   check_vector_on(weight, "weight", ScalarType::Float, arguments.num_tokens, logp);
   const DeviceGuard guard(logp.get_device_index());
@@ -200,9 +204,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fipo_loss(
     double dual_clip, double clip_low, double clip_high, bool paper) {
   Tensor grad = torch::stable::new_empty(logp, {logp.numel()}, ScalarType::Float);
   Tensor weight = torch::stable::new_empty(logp, {logp.numel()}, ScalarType::Float);
-  const auto [loss, counts, statistics] =
-      fipo_loss_out(logp, old_logp, advantage, response_mask, cu_seqlens, token_weight, carry, advantage_is_per_token, gamma,
-                    weight_low, weight_high, safety_threshold, dual_clip, clip_low, clip_high, paper, grad, weight);
+  const auto [loss, counts, statistics] = fipo_loss_out(
+      logp, old_logp, advantage, response_mask, cu_seqlens, token_weight, carry, advantage_is_per_token, gamma,
+      weight_low, weight_high, safety_threshold, dual_clip, clip_low, clip_high, paper, grad, weight);
   return {loss, counts, grad, weight, statistics};
 }
 

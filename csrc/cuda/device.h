@@ -1,5 +1,5 @@
-// What the kernels ask of the device beyond plain CUDA C++. The kernel sources compile twice: with nvcc for GPUs, and with
-// g++ against the tests' emulator, which runs every CUDA thread on the CPU and brings its own version of all this.
+// What the kernels ask of the device beyond plain CUDA C++. The kernel sources compile twice: with nvcc for GPUs, and
+// with g++ against the tests' emulator, which runs every CUDA thread on the CPU and brings its own version of all this.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,8 @@ __device__ __forceinline__ void store_vector(float4* p, float4 v) { *p = v; }
 template <int kBytes>
 __device__ __forceinline__ void async_copy(void* shared, const void* global, int valid) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes), "r"(valid) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes), "r"(valid)
+               : "memory");
 }
 __device__ __forceinline__ void async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

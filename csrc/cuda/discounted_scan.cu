@@ -1,7 +1,7 @@
 // The discounted scan of packed sequences on its own, in both directions: future KL, returns, advantage estimates.
 //
-// The forward scan is the reverse scan of the mirrored tokens: tiles are counted from the other end and a lane's vector is
-// turned round. What the reverse scan calls a sequence's end is then its first token.
+// The forward scan is the reverse scan of the mirrored tokens: tiles are counted from the other end and a lane's vector
+// is turned round. What the reverse scan calls a sequence's end is then its first token.
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "cuda/look_ahead.cuh"
@@ -32,7 +32,8 @@ __device__ __forceinline__ void mark_sequences(const ScanArguments& in, int64_t 
   const PackedSequences& sequences = in.sequences;
   // forward, the tokens behind the last sequence count as one more: nothing may flow into them
   const int64_t count = kReverse ? sequences.count : sequences.count + 1;
-  const int64_t first = kReverse ? first_beyond(sequences, 1, count, start) : first_beyond(sequences, 0, count, start - 1);
+  const int64_t first =
+      kReverse ? first_beyond(sequences, 1, count, start) : first_beyond(sequences, 0, count, start - 1);
   for (int64_t s = first + threadIdx.x; s < count; s += kThreads) {
     const bool real = s < sequences.count;
     const int64_t begin = offset_of(sequences, s), end = real ? offset_of(sequences, s + 1) : in.num_tokens;
@@ -145,7 +146,8 @@ __global__ void double_scan_kernel(MEGATRON_FIPO_PARAMETER DoubleScanLaunch laun
 
 }  // namespace
 
-int discounted_scan(const ScanArguments& arguments, double gamma, bool reverse, const WorkspaceMemory& workspace, void* stream) {
+int discounted_scan(const ScanArguments& arguments, double gamma, bool reverse, const WorkspaceMemory& workspace,
+                    void* stream) {
   const ScanLaunch launch = {arguments, gamma_powers(gamma), workspace_of(workspace), tiles_of(arguments.num_tokens)};
   const bool aligned = aligned_to(arguments.x, 16) && aligned_to(arguments.y, 16);
   const auto run = [&](auto kernel) { MEGATRON_FIPO_LAUNCH(kernel, launch.tiles, kThreads, stream, launch); };
@@ -156,8 +158,8 @@ int discounted_scan(const ScanArguments& arguments, double gamma, bool reverse, 
   return static_cast<int>(cudaGetLastError());
 }
 
-int discounted_scan(const double* x, double* y, const double* carry, int64_t num_tokens, const PackedSequences& sequences,
-                    double gamma, bool reverse, void* stream) {
+int discounted_scan(const double* x, double* y, const double* carry, int64_t num_tokens,
+                    const PackedSequences& sequences, double gamma, bool reverse, void* stream) {
   const DoubleScanLaunch launch = {x, y, carry, num_tokens, sequences, gamma, reverse};
   MEGATRON_FIPO_LAUNCH(double_scan_kernel, sequences.count / kThreads + 1, kThreads, stream, launch);
   return static_cast<int>(cudaGetLastError());

@@ -1,5 +1,5 @@
-// The FIPO loss of packed sequences, its gradient and its statistics, in one pass over the tokens; and the aggregates that
-// context-parallel shards exchange before it. Read tile.cuh, then look_ahead.cuh, then this.
+// The FIPO loss of packed sequences, its gradient and its statistics, in one pass over the tokens; and the aggregates
+// that context-parallel shards exchange before it. Read tile.cuh, then look_ahead.cuh, then this.
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "cuda/look_ahead.cuh"
@@ -121,8 +121,10 @@ __global__ void __launch_bounds__(kThreads, 4) fipo_kernel(MEGATRON_FIPO_PARAMET
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     const int q = offset + row * kRowTokens;
-    if (in.token_weight && !kAggregate) prefetch_tokens<kAligned>(shared.value + q, in.token_weight + start + q, valid(row));
-    if (in.advantage_is_per_token) prefetch_tokens<kAligned>(shared.advantage + q, in.advantage + start + q, valid(row));
+    if (in.token_weight && !kAggregate)
+      prefetch_tokens<kAligned>(shared.value + q, in.token_weight + start + q, valid(row));
+    if (in.advantage_is_per_token)
+      prefetch_tokens<kAligned>(shared.advantage + q, in.advantage + start + q, valid(row));
   }
   const LogProb* logp = static_cast<const LogProb*>(in.logp) + start + offset;
   const LogProb* old_logp = static_cast<const LogProb*>(in.old_logp) + start + offset;
@@ -191,8 +193,9 @@ __global__ void __launch_bounds__(kThreads, 4) fipo_kernel(MEGATRON_FIPO_PARAMET
   for (int row = kRows - 1; row >= 0; --row) {
     const int q = offset + row * kRowTokens;
     float future_kl[kVector];
-    finish_row(scan, row, ends[row], shared.sequences.carry + q, carry, lane_power, [&](int, int i) { return x(row, i); },
-               launch.gamma, future_kl);
+    finish_row(
+        scan, row, ends[row], shared.sequences.carry + q, carry, lane_power, [&](int, int i) { return x(row, i); },
+        launch.gamma, future_kl);
     carry = next_row(scan, row, carry, launch.gamma);
 
     float sequence_advantage = 0.0f;
@@ -286,9 +289,10 @@ template <bool kAggregate>
 int launch_kernel(const LossLaunch& launch, void* stream) {
   const LossArguments& in = launch.in;
   const uintptr_t vector = in.bf16 ? 8 : 16;
-  const bool aligned = aligned_to(in.logp, vector) && aligned_to(in.old_logp, vector) && aligned_to(in.response_mask, 4) &&
-                       (!in.advantage_is_per_token || aligned_to(in.advantage, 16)) && aligned_to(in.token_weight, 16) &&
-                       aligned_to(launch.loss.grad, 16) && aligned_to(launch.loss.weight, 16);
+  const bool aligned =
+      aligned_to(in.logp, vector) && aligned_to(in.old_logp, vector) && aligned_to(in.response_mask, 4) &&
+      (!in.advantage_is_per_token || aligned_to(in.advantage, 16)) && aligned_to(in.token_weight, 16) &&
+      aligned_to(launch.loss.grad, 16) && aligned_to(launch.loss.weight, 16);
   const auto run = [&](auto kernel) { MEGATRON_FIPO_LAUNCH(kernel, launch.tiles, kThreads, stream, launch); };
   if (in.bf16)
     aligned ? run(fipo_kernel<Bf16, true, kAggregate>) : run(fipo_kernel<Bf16, false, kAggregate>);
@@ -301,14 +305,24 @@ int launch_kernel(const LossLaunch& launch, void* stream) {
 
 int fipo_loss(const LossArguments& arguments, const FipoParams& params, const LossResults& results,
               const WorkspaceMemory& workspace, void* stream) {
-  return launch_kernel<false>({arguments, results, {}, loss_rules(params), gamma_powers(params.gamma), workspace_of(workspace),
+  return launch_kernel<false>({arguments,
+                               results,
+                               {},
+                               loss_rules(params),
+                               gamma_powers(params.gamma),
+                               workspace_of(workspace),
                                tiles_of(arguments.num_tokens)},
                               stream);
 }
 
 int future_kl_aggregate(const LossArguments& arguments, const FipoParams& params, const AggregateResults& results,
                         const WorkspaceMemory& workspace, void* stream) {
-  return launch_kernel<true>({arguments, {}, results, loss_rules(params), gamma_powers(params.gamma), workspace_of(workspace),
+  return launch_kernel<true>({arguments,
+                              {},
+                              results,
+                              loss_rules(params),
+                              gamma_powers(params.gamma),
+                              workspace_of(workspace),
                               tiles_of(arguments.num_tokens)},
                              stream);
 }

@@ -8,16 +8,16 @@
 
 namespace megatron_fipo::cuda {
 
-// cu_seqlens on the device: count + 1 ascending offsets from 0, int64 if wide, else int32. Not checked (that would wait for
-// the device): wrong offsets are undefined behaviour, as for every operator that takes cu_seqlens.
+// cu_seqlens on the device: count + 1 ascending offsets from 0, int64 if wide, else int32. Not checked (that would wait
+// for the device): wrong offsets are undefined behaviour, as for every operator that takes cu_seqlens.
 struct PackedSequences {
   const void* offsets;
   bool wide;
   int64_t count;
 };
 
-// Memory that blocks of one launch exchange partial results through. Zeroed once when allocated; every launch leaves it ready
-// for the next, so launches that share it must follow each other (one per stream). The capacity fixes its layout.
+// Memory that blocks of one launch exchange partial results through. Zeroed once when allocated; every launch leaves it
+// ready for the next, so launches that share it must follow each other (one per stream). The capacity fixes its layout.
 struct WorkspaceMemory {
   void* data;
   int64_t tokens;   // the most tokens of a launch
@@ -59,17 +59,18 @@ struct AggregateResults {
 };
 
 // These return a cudaError_t; describe() puts it into words.
-int discounted_scan(const ScanArguments& arguments, double gamma, bool reverse, const WorkspaceMemory& workspace, void* stream);
-int discounted_scan(const double* x, double* y, const double* carry, int64_t num_tokens, const PackedSequences& sequences,
-                    double gamma, bool reverse, void* stream);
+int discounted_scan(const ScanArguments& arguments, double gamma, bool reverse, const WorkspaceMemory& workspace,
+                    void* stream);
+int discounted_scan(const double* x, double* y, const double* carry, int64_t num_tokens,
+                    const PackedSequences& sequences, double gamma, bool reverse, void* stream);
 int fipo_loss(const LossArguments& arguments, const FipoParams& params, const LossResults& results,
               const WorkspaceMemory& workspace, void* stream);
 int future_kl_aggregate(const LossArguments& arguments, const FipoParams& params, const AggregateResults& results,
                         const WorkspaceMemory& workspace, void* stream);
 
 // y[t] = x[t] * scale[sequence of t], 0 behind the last sequence.
-int scale_per_sequence(const float* x, const double* scale, float* y, int64_t num_tokens, const PackedSequences& sequences,
-                       void* stream);
+int scale_per_sequence(const float* x, const double* scale, float* y, int64_t num_tokens,
+                       const PackedSequences& sequences, void* stream);
 
 int zero(void* data, size_t bytes, void* stream);
 int is_capturing(void* stream, bool* capturing);

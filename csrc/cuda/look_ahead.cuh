@@ -1,13 +1,14 @@
 // How tiles exchange carries inside one launch, and the memory they do it through.
 //
-// Blocks take tiles from the right end by ticket. A block publishes its tile's total (with nothing to the right) as one 64-bit
-// word before it waits for anything, so a block only ever waits for smaller tickets, which publish without waiting: no
-// deadlock, whatever the number of resident blocks. gamma is constant, so the carry is the sum of gamma^(2048 k) times the
-// total of the k-th tile to the right, up to a sequence end or until the weight vanishes in fp32: at a half-life of 32 tokens
-// that is one tile, at 2048 at most 126. One warp sums 32 tiles per step, in an order that does not depend on timing.
+// Blocks take tiles from the right end by ticket. A block publishes its tile's total (with nothing to the right) as one
+// 64-bit word before it waits for anything, so a block only ever waits for smaller tickets, which publish without
+// waiting: no deadlock, whatever the number of resident blocks. gamma is constant, so the carry is the sum of
+// gamma^(2048 k) times the total of the k-th tile to the right, up to a sequence end or until the weight vanishes in
+// fp32: at a half-life of 32 tokens that is one tile, at 2048 at most 126. One warp sums 32 tiles per step, in an order
+// that does not depend on timing.
 //
-// A word counts only if it carries this launch's epoch. The last block of a launch advances the epoch and clears the ticket,
-// so nothing needs clearing in between and a captured graph can be replayed.
+// A word counts only if it carries this launch's epoch. The last block of a launch advances the epoch and clears the
+// ticket, so nothing needs clearing in between and a captured graph can be replayed.
 #pragma once
 
 #include <cstddef>
@@ -126,7 +127,8 @@ __device__ __forceinline__ float exchange_carries(const Workspace& workspace, co
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) has_end |= warps.has_end[w];
   const float total = carry_across_warps(warps, 0, 0.0f, gamma);
-  if ((threadIdx.x & 31) == 0) store_relaxed(workspace.published + claim.tile, published_word(claim.epoch, has_end, total));
+  if ((threadIdx.x & 31) == 0)
+    store_relaxed(workspace.published + claim.tile, published_word(claim.epoch, has_end, total));
   return look_ahead(workspace, claim.tile, tiles, claim.epoch, closed, gamma);
 }
 

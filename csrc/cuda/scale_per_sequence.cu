@@ -64,11 +64,13 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(MEGATRON_FIPO_PARAMETER
 
 }  // namespace
 
-int scale_per_sequence(const float* x, const double* scale, float* y, int64_t num_tokens, const PackedSequences& sequences,
-                       void* stream) {
+int scale_per_sequence(const float* x, const double* scale, float* y, int64_t num_tokens,
+                       const PackedSequences& sequences, void* stream) {
   if (num_tokens == 0) return 0;
   const ScaleLaunch launch = {x, scale, y, num_tokens, sequences};
-  const auto run = [&](auto kernel) { MEGATRON_FIPO_LAUNCH(kernel, (num_tokens + kTile - 1) / kTile, kThreads, stream, launch); };
+  const auto run = [&](auto kernel) {
+    MEGATRON_FIPO_LAUNCH(kernel, (num_tokens + kTile - 1) / kTile, kThreads, stream, launch);
+  };
   aligned_to(x, 16) && aligned_to(y, 16) ? run(scale_kernel<true>) : run(scale_kernel<false>);
   return static_cast<int>(cudaGetLastError());
 }

@@ -1,8 +1,8 @@
 // Loss and counts of every sequence, in an order that does not depend on timing.
 //
-// A sequence that lies inside one tile is summed and written there. One that spans tiles leaves a part in each, and the tile
-// that arrives last adds the parts from left to right. A tile holds at most two such pieces: its head, which began in an
-// earlier tile, and its tail, which goes on in the next one (both, when it holds nothing else).
+// A sequence that lies inside one tile is summed and written there. One that spans tiles leaves a part in each, and the
+// tile that arrives last adds the parts from left to right. A tile holds at most two such pieces: its head, which began
+// in an earlier tile, and its tail, which goes on in the next one (both, when it holds nothing else).
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,8 @@ __device__ __forceinline__ void sum_mixed_tile(const SequenceEnds& shared, Seque
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, begin = kTokens * threadIdx.x;
   const unsigned ends = (shared.ends[begin >> 5] >> (begin & 31)) & 0xffffu;
   const auto token = [&](int i) {
-    return Sums{kWithLoss ? loss[begin + i] : 0.0, flags[begin + i] & kResponseFlag, (flags[begin + i] & kBeyondFlag) >> 1};
+    return Sums{kWithLoss ? loss[begin + i] : 0.0, flags[begin + i] & kResponseFlag,
+                (flags[begin + i] & kBeyondFlag) >> 1};
   };
   const auto finish = [&](int i, const Sums& sums) {
     const int32_t sequence = marks.sequence[begin + i];

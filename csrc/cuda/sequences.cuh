@@ -9,11 +9,14 @@
 namespace megatron_fipo::cuda {
 
 __device__ __forceinline__ int64_t offset_of(const PackedSequences& sequences, int64_t i) {
-  return sequences.wide ? static_cast<const int64_t*>(sequences.offsets)[i] : static_cast<const int32_t*>(sequences.offsets)[i];
+  return sequences.wide ? static_cast<const int64_t*>(sequences.offsets)[i]
+                        : static_cast<const int32_t*>(sequences.offsets)[i];
 }
 
-// The smallest i in [0, count] with offset(first + i) > token, count if there is none; by a whole warp, 32 probes at a time.
-__device__ __forceinline__ int64_t first_beyond(const PackedSequences& sequences, int64_t first, int64_t count, int64_t token) {
+// The smallest i in [0, count] with offset(first + i) > token, count if there is none; by a whole warp, 32 probes at a
+// time.
+__device__ __forceinline__ int64_t first_beyond(const PackedSequences& sequences, int64_t first, int64_t count,
+                                                int64_t token) {
   const int lane = threadIdx.x & 31;
   int64_t low = 0, high = count;
   while (low < high) {

@@ -1,5 +1,6 @@
-// Sums and extrema over all tokens, in an order that does not depend on timing: lanes, then warps, then a tree over tiles in
-// which the last of 32 neighbours to arrive reduces them. The block that completes the root is the last of the launch.
+// Sums and extrema over all tokens, in an order that does not depend on timing: lanes, then warps, then a tree over
+// tiles in which the last of 32 neighbours to arrive reduces them. The block that completes the root is the last of the
+// launch.
 #pragma once
 
 #include <cstdint>
@@ -39,11 +40,13 @@ __device__ __forceinline__ void reduce_warp(const TokenStatistics& mine, SharedS
   const int lane = threadIdx.x & 31;
   double* out = shared.warp[threadIdx.x >> 5];
   const double loss = warp_sum(mine.loss);
-  const float log_ratio = warp_sum(mine.log_ratio), weight = warp_sum(mine.weight), raw_weight = warp_sum(mine.raw_weight);
+  const float log_ratio = warp_sum(mine.log_ratio), weight = warp_sum(mine.weight),
+              raw_weight = warp_sum(mine.raw_weight);
   // bytes become halves of a word: 32 lanes of 16 tokens
   const auto even = [](unsigned bytes) { return __reduce_add_sync(kAllLanes, bytes & 0x00ff00ffu); };
   const auto odd = [](unsigned bytes) { return __reduce_add_sync(kAllLanes, (bytes >> 8) & 0x00ff00ffu); };
-  const unsigned tokens_active = even(mine.tokens_clipped_active_dual), clipped_dual = odd(mine.tokens_clipped_active_dual);
+  const unsigned tokens_active = even(mine.tokens_clipped_active_dual),
+                 clipped_dual = odd(mine.tokens_clipped_active_dual);
   const unsigned high_2 = even(mine.high_low_2_3), low_3 = odd(mine.high_low_2_3);
   const unsigned from_4 = even(mine.from_4_small), small = odd(mine.from_4_small);
   float minima[extremum::count], maxima[extremum::count];
@@ -87,9 +90,10 @@ __device__ __forceinline__ void reduce_block(SharedStatistics& shared) {
   shared.block[k] = v;
 }
 
-// By the whole block, after a barrier behind reduce_block(). True in the launch's last block, with the total in shared.block;
-// all that the other blocks wrote before is then visible to it.
-__device__ __forceinline__ bool climb_tree(const Workspace& workspace, int64_t tile, int64_t tiles, SharedStatistics& shared) {
+// By the whole block, after a barrier behind reduce_block(). True in the launch's last block, with the total in
+// shared.block; all that the other blocks wrote before is then visible to it.
+__device__ __forceinline__ bool climb_tree(const Workspace& workspace, int64_t tile, int64_t tiles,
+                                           SharedStatistics& shared) {
   const int lane = threadIdx.x & 31;
   uint64_t* level = workspace.nodes;
   unsigned* arrivals = workspace.node_arrivals;

@@ -1,8 +1,9 @@
 // The scan inside one tile of tokens: y[q] = x[q] + gamma * y[q + 1], restarting at every sequence end.
 //
-// A block of 4 warps owns a tile of 2048 consecutive tokens, a warp 512 of them as 4 rows of 128, a lane 4 neighbours of each
-// row, so that every load and store of a row is one coalesced 128-bit access per lane. Nothing is transposed: a lane scans
-// its 4 tokens, a row is combined by 5 shuffles, rows and warps by a few multiplications with powers of gamma.
+// A block of 4 warps owns a tile of 2048 consecutive tokens, a warp 512 of them as 4 rows of 128, a lane 4 neighbours
+// of each row, so that every load and store of a row is one coalesced 128-bit access per lane. Nothing is transposed: a
+// lane scans its 4 tokens, a row is combined by 5 shuffles, rows and warps by a few multiplications with powers of
+// gamma.
 #pragma once
 
 #include <cmath>
@@ -30,7 +31,9 @@ struct GammaPowers {
 };
 
 inline GammaPowers gamma_powers(double gamma) {
-  const auto power = [gamma](int64_t tokens) { return static_cast<float>(std::pow(gamma, static_cast<double>(tokens))); };
+  const auto power = [gamma](int64_t tokens) {
+    return static_cast<float>(std::pow(gamma, static_cast<double>(tokens)));
+  };
   GammaPowers g;
   g.token = power(1);
   for (int k = 0; k < 5; ++k) g.vectors[k] = power(static_cast<int64_t>(kVector) << k);
@@ -117,17 +120,20 @@ struct WarpTotals {
 };
 
 // The scan value at the first token of warp `first`, when `carry` stands behind the tile.
-__device__ __forceinline__ float carry_across_warps(const WarpTotals& warps, int first, float carry, const GammaPowers& gamma) {
+__device__ __forceinline__ float carry_across_warps(const WarpTotals& warps, int first, float carry,
+                                                    const GammaPowers& gamma) {
 #pragma unroll
   for (int w = kWarps - 1; w >= 0; --w)
     if (w >= first) carry = warps.has_end[w] ? warps.total[w] : fmaf(gamma.warp, carry, warps.total[w]);
   return carry;
 }
 
-// The finished scan of a lane's 4 tokens in one row; `carry` is the value just right of the row. Afterwards call next_row().
+// The finished scan of a lane's 4 tokens in one row; `carry` is the value just right of the row. Afterwards call
+// next_row().
 template <class X>
-__device__ __forceinline__ void finish_row(const WarpScan& scan, int row, unsigned ends, const float* carries, float carry,
-                                           float lane_power, X x, const GammaPowers& gamma, float (&y)[kVector]) {
+__device__ __forceinline__ void finish_row(const WarpScan& scan, int row, unsigned ends, const float* carries,
+                                           float carry, float lane_power, X x, const GammaPowers& gamma,
+                                           float (&y)[kVector]) {
   const int lane = threadIdx.x & 31;
   const bool open = ((scan.end_lanes[row] >> lane) >> 1) == 0;   // no end in the lanes to the right
   float value = open ? fmaf(lane_power, carry, scan.from_right[row]) : scan.from_right[row];

@@ -1,4 +1,5 @@
-// The loss of one token whose future KL is known (the formulas of megatron_fipo/loss/fipo.py), and what is counted of it.
+// The loss of one token whose future KL is known (the formulas of megatron_fipo/loss/fipo.py), and what is counted of
+// it.
 #pragma once
 
 #include <cmath>
@@ -73,7 +74,8 @@ __device__ __forceinline__ bool is_beyond_c(float r, float advantage, const Loss
 
 // raw: logp - old_logp. advantage and token_weight may be anything outside the response.
 __device__ __forceinline__ TokenResult token_loss(float raw, bool response, float future_kl, float advantage,
-                                                  float token_weight, const LossRules& rules, TokenStatistics& statistics) {
+                                                  float token_weight, const LossRules& rules,
+                                                  TokenStatistics& statistics) {
   const float a = response ? advantage : 0.0f;
   const bool negative = a < 0.0f, positive = a > 0.0f;
   const float d = clamped_log_ratio(raw), r = __expf(d);

@@ -1,8 +1,8 @@
 // Reading and writing a lane's 4 neighbouring tokens.
 //
-// Aligned streams move in 128-bit accesses (64-bit for bf16, 32-bit for the mask); the vector that crosses the last token goes
-// through an asynchronous copy, which stops at a byte count. When any stream of a launch starts off its vector boundary (a
-// slice of a tensor), kAligned is false and everything moves token by token.
+// Aligned streams move in 128-bit accesses (64-bit for bf16, 32-bit for the mask); the vector that crosses the last
+// token goes through an asynchronous copy, which stops at a byte count. When any stream of a launch starts off its
+// vector boundary (a slice of a tensor), kAligned is false and everything moves token by token.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,10 @@
 // Runs the source of a CUDA kernel on the CPU, to test it where there is no GPU.
 //
-// Every CUDA thread is a fiber. An OS thread holds several blocks at once and resumes their fibers in random order; several
-// OS threads do so concurrently, so blocks really race for tickets and published words. A forgotten barrier, a wrong index, a
-// deadlock, a misaligned vector, a read of shared memory that nobody wrote (it starts as NaN) or of global memory out of
-// bounds (under a sanitizer) shows. What does not show: the GPU's memory model, its scheduler, the accuracy of __expf, speed.
+// Every CUDA thread is a fiber. An OS thread holds several blocks at once and resumes their fibers in random order;
+// several OS threads do so concurrently, so blocks really race for tickets and published words. A forgotten barrier, a
+// wrong index, a deadlock, a misaligned vector, a read of shared memory that nobody wrote (it starts as NaN) or of
+// global memory out of bounds (under a sanitizer) shows. What does not show: the GPU's memory model, its scheduler, the
+// accuracy of __expf, speed.
 #pragma once
 
 #include <sched.h>

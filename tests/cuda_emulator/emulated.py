@@ -14,7 +14,7 @@ from megatron_fipo.ops.fused_loss import NUM_STATISTICS
 
 _HERE = Path(__file__).parent
 CSRC = _HERE.parents[1] / "csrc"
-KINDS = ("fipo_loss", "future_kl_aggregate", "scan_reverse", "scan_forward")
+KINDS = ("fipo_loss", "future_kl_aggregate", "scan_reverse", "scan_forward", "scale_per_sequence")
 
 
 def build(program: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
@@ -52,10 +52,10 @@ def _case(kind: str, inputs: Inputs) -> bytes:
         case.advantage_is_per_token, case.paper, case.misaligned, inputs.gamma, *case.weight_range,
         inputs.safety_threshold, case.dual_clip, clip_low, clip_high,
     )  # fmt: skip
-    carry = None if kind == "future_kl_aggregate" else inputs.carry_S
+    carry = {"future_kl_aggregate": None, "scale_per_sequence": inputs.scale_S}.get(kind, inputs.carry_S)
     streams = (
         [inputs.x_T]
-        if kind.startswith("scan")
+        if kind.startswith("sca")
         else [inputs.logp_T, inputs.old_logp_T, inputs.mask_T, inputs.advantage]
         + [inputs.token_weight_T if kind == "fipo_loss" else None]
     )
@@ -101,6 +101,7 @@ def run(
                 "beyond_c": take(torch.int32, S),
                 "reverse": take(torch.float32, T),
                 "forward": take(torch.float32, T),
+                "scaled": take(torch.float32, T),
             }
         )
     assert taken == len(data)

@@ -1,15 +1,16 @@
-// Runs the CUDA kernels in the emulator on cases from a file: run_cases SEED IN OUT (test_cuda_emulator.py writes and reads
-// them). All cases of a run share one workspace, as launches on a stream do. Inputs are allocated to the byte, so that a
-// sanitizer sees any step outside, and outputs start as NaN.
+// Runs the CUDA kernels in the emulator on cases from a file: run_cases SEED IN OUT (test_cuda_emulator.py writes and
+// reads them). All cases of a run share one workspace, as launches on a stream do. Inputs are allocated to the byte, so
+// that a sanitizer sees any step outside, and outputs start as NaN.
 #define MEGATRON_FIPO_EMULATOR
 #include "cuda/discounted_scan.cu"
 #include "cuda/fipo_loss.cu"
+#include "cuda/scale_per_sequence.cu"
 
 using namespace megatron_fipo;
 
 namespace {
 
-enum Kind : int64_t { kLoss, kAggregate, kScanReverse, kScanForward };
+enum Kind : int64_t { kLoss, kAggregate, kScanReverse, kScanForward, kScale };
 
 struct Case {
   int64_t kind, num_tokens, num_sequences, wide, bf16, advantage_is_per_token, paper, misaligned;
@@ -25,7 +26,8 @@ bool read(std::FILE* file, T* data, size_t count) {
 template <class T>
 class Vector {
  public:
-  Vector(size_t size, int64_t offset) : size_(size), memory_(std::malloc((size + offset) * sizeof(T))), offset_(offset) {
+  Vector(size_t size, int64_t offset)
+      : size_(size), memory_(std::malloc((size + offset) * sizeof(T))), offset_(offset) {
     std::memset(data(), 0xff, size * sizeof(T));
   }
   ~Vector() { std::free(memory_); }
@@ -59,14 +61,17 @@ void run(const Case& c, const cuda::WorkspaceMemory& workspace, std::FILE* in, s
   const size_t tokens = c.num_tokens, sequences = c.num_sequences;
   const auto offsets32 = c.wide ? nullptr : read_vector<int32_t>(in, 0);
   const auto offsets64 = c.wide ? read_vector<int64_t>(in, 0) : nullptr;
-  const cuda::PackedSequences packed = {c.wide ? static_cast<void*>(pointer(offsets64)) : pointer(offsets32), c.wide != 0,
-                                        c.num_sequences};
-  const auto carry = read_vector<double>(in, 0);
-  if (c.kind == kScanReverse || c.kind == kScanForward) {
+  const cuda::PackedSequences packed = {c.wide ? static_cast<void*>(pointer(offsets64)) : pointer(offsets32),
+                                        c.wide != 0, c.num_sequences};
+  const auto carry = read_vector<double>(in, 0);   // in kScale the scale
+  if (c.kind >= kScanReverse) {
     const auto x = read_vector<float>(in, c.misaligned);
     Vector<float> y(tokens, c.misaligned);
-    cuda::discounted_scan({pointer(x), y.data(), pointer(carry), c.num_tokens, packed}, c.gamma, c.kind == kScanReverse,
-                          workspace, nullptr);
+    if (c.kind == kScale)
+      cuda::scale_per_sequence(pointer(x), pointer(carry), y.data(), c.num_tokens, packed, nullptr);
+    else
+      cuda::discounted_scan({pointer(x), y.data(), pointer(carry), c.num_tokens, packed}, c.gamma,
+                            c.kind == kScanReverse, workspace, nullptr);
     y.write(out);
     return;
   }
@@ -77,8 +82,11 @@ void run(const Case& c, const cuda::WorkspaceMemory& workspace, std::FILE* in, s
   const auto mask = read_vector<uint8_t>(in, c.misaligned);
   const auto advantage = read_vector<float>(in, c.misaligned);
   const auto token_weight = read_vector<float>(in, c.misaligned);
-  cuda::LossArguments arguments = {pointer(logp), pointer(old_logp), c.bf16 != 0, pointer(mask), pointer(advantage),
-                                   c.advantage_is_per_token != 0, pointer(token_weight), pointer(carry), c.num_tokens, packed};
+  cuda::LossArguments arguments = {pointer(logp),         pointer(old_logp),
+                                   c.bf16 != 0,           pointer(mask),
+                                   pointer(advantage),    c.advantage_is_per_token != 0,
+                                   pointer(token_weight), pointer(carry),
+                                   c.num_tokens,          packed};
   if (c.bf16) arguments.logp = pointer(logp16), arguments.old_logp = pointer(old_logp16);
   const auto f = [](double v) { return static_cast<float>(v); };
   const FipoParams params = {c.gamma, f(c.weight_low), f(c.weight_high), f(c.safety_threshold), f(c.dual_clip),
@@ -94,8 +102,8 @@ void run(const Case& c, const cuda::WorkspaceMemory& workspace, std::FILE* in, s
   Vector<double> loss(sequences, 0), statistics(kNumStatistics, 0);
   Vector<int64_t> counts(2 * sequences, 0);
   Vector<float> grad(tokens, c.misaligned), weight(tokens, c.misaligned);
-  cuda::fipo_loss(arguments, params, {loss.data(), counts.data(), grad.data(), weight.data(), statistics.data()}, workspace,
-                  nullptr);
+  cuda::fipo_loss(arguments, params, {loss.data(), counts.data(), grad.data(), weight.data(), statistics.data()},
+                  workspace, nullptr);
   loss.write(out);
   counts.write(out);
   grad.write(out);

@@ -66,6 +66,7 @@ def gpu_results(inputs) -> dict:
     results = {
         "loss": loss_S, "counts": counts_S2, "grad": grad_T, "weight": weight_T, "statistics": statistics_K,
         "aggregate": aggregate_S, "beyond_c": beyond_c_S, **y_T,
+        "scaled": operators.scale_per_sequence(moved.x_T, moved.scale_S, moved.cu_seqlens_S1),
     }  # fmt: skip
     return {name: value.cpu() for name, value in results.items()}
 
@@ -109,15 +110,6 @@ def test_loss_through_autograd_against_float64():
     expected_loss, expected_grad_T = run("cpu", torch.float64, "torch")
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-7)
     assert float((grad_T - expected_grad_T).abs().max()) <= 2e-5 * float(expected_grad_T.abs().max())
-
-
-def test_scale_per_sequence():
-    inputs = make_inputs(BY_NAME["hundreds of short ones"], seed=1)
-    S = inputs.cu_seqlens_S1.shape[0] - 1
-    for offset in (0, 1):
-        x_T, scale_S = inputs.x_T, torch.randn(S, dtype=torch.float64)
-        y_T = operators.scale_per_sequence(on_gpu(x_T, offset), scale_S.cuda(), inputs.cu_seqlens_S1.cuda())
-        torch.testing.assert_close(y_T.cpu(), operators.scale_per_sequence(x_T, scale_S, inputs.cu_seqlens_S1))
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -221,7 +213,7 @@ def test_compute_sanitizer(tool):
 
 
 def test_bandwidth_against_a_copy():
-    """Of the same number of bytes: 13 read with per-sequence advantages, 8 written per token... measured side by side."""
+    """Of the same number of bytes, measured beside it. The goal is 0.85; this only notices that something is broken."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
     import benchmark_gpu
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the CPU by an emulator, against the CPU kernels; and whether that finds planted bugs."""
+"""The CUDA kernels' own source, run on the CPU by an emulator, against the CPU kernels; planted bugs are found."""
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,7 @@ SEEDS = (1, 2, 3)
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 BY_NAME = {case.name: case for case in CASES}
 
+# fmt: off
 # what is planted -> file of csrc/cuda, texts to replace, cases that must notice
 PLANTED = {
     "wrong power of gamma across tiles": (
@@ -44,8 +45,10 @@ PLANTED = {
     "tile published before its total is known": (
         "look_ahead.cuh",
         {
-            "if ((threadIdx.x & 31) == 0) store_relaxed(": "if ((threadIdx.x & 31) == 0)\n    store_relaxed("
-            "workspace.published + claim.tile, published_word(claim.epoch, has_end, 0.0f)), store_relaxed("
+            "store_relaxed(workspace.published + claim.tile, published_word(claim.epoch, has_end, total));": (
+                "store_relaxed(workspace.published + claim.tile, published_word(claim.epoch, has_end, 0.0f)),\n"
+                "store_relaxed(workspace.published + claim.tile, published_word(claim.epoch, has_end, total));"
+            )
         },
         ["long, half-life over several tiles", "almost no discount"],
     ),
@@ -61,9 +64,11 @@ PLANTED = {
     "statistics announced before they are written": (
         "statistics.cuh",
         {
-            "    if (threadIdx.x < kNumStatistics)\n      store_relaxed": "    if (threadIdx.x >= 64 && threadIdx.x - 64 < "
-            "kNumStatistics)\n      __syncwarp(), store_relaxed",
-            "+ threadIdx.x, __double_as_longlong(shared.block[threadIdx.x]));\n    __threadfence();\n    __syncthreads();": (
+            "    if (threadIdx.x < kNumStatistics)\n      store_relaxed": (
+                "    if (threadIdx.x >= 64 && threadIdx.x - 64 < kNumStatistics)\n      __syncwarp(), store_relaxed"
+            ),
+            "+ threadIdx.x, __double_as_longlong(shared.block[threadIdx.x]));\n    __threadfence();\n"
+            "    __syncthreads();": (
                 "+ threadIdx.x - 64, __double_as_longlong(shared.block[threadIdx.x - 64]));"
             ),
         },
@@ -91,17 +96,17 @@ PLANTED = {
     ),
     "last tile of a sequence left out of its sums": (
         "sequence_sums.cuh",
-        {"last = (offset_of(sequences, sequence + 1) - 1) / kTile;": "last = (offset_of(sequences, sequence + 1) - 2) / kTile;"},
+        {"offset_of(sequences, sequence + 1) - 1) / kTile": "offset_of(sequences, sequence + 1) - 2) / kTile"},
         ["one token more than a tile"],
     ),
     "vector access of misaligned streams": (
         "fipo_loss.cu",
-        {"const bool aligned = aligned_to(in.logp, vector)": "const bool aligned = true || aligned_to(in.logp, vector)"},
+        {"aligned_to(in.logp, vector) &&": "true ||"},
         ["misaligned by 1"],
     ),
     "vector access of a misaligned scan": (
         "discounted_scan.cu",
-        {"const bool aligned = aligned_to(arguments.x, 16)": "const bool aligned = true || aligned_to(arguments.x, 16)"},
+        {"aligned = aligned_to(arguments.x, 16)": "aligned = true || aligned_to(arguments.x, 16)"},
         ["misaligned by 1"],
     ),
     "asynchronous copies not waited for": (
@@ -116,7 +121,8 @@ PLANTED = {
         )},
         ["long, half-life over several tiles"],
     ),
-}  # fmt: skip
+}
+# fmt: on
 
 
 @pytest.fixture(scope="module")

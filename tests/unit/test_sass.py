@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels: no spills, no local memory, token streams in wide loads; for every architecture."""
+"""What nvcc makes of the CUDA kernels, on every architecture: no spills, no local memory, wide loads of token streams."""
 
 import ctypes
 import re

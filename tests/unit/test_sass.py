@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, on every architecture: no spills, no local memory, wide loads of token streams."""
+"""What nvcc makes of the CUDA kernels, on every architecture: no spills, no local memory, wide loads of tokens."""
 
 import ctypes
 import re

@@ -7,13 +7,15 @@ export PYTHONUNBUFFERED := 1
 # Nothing here asks a hub for models or data.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart env test test-fast test-long test-gpu bench-gpu lint format clean
+.PHONY: help quickstart env test test-fast test-long test-gpu bench bench-compare bench-gpu lint format clean
 
 help:
 	@echo "make quickstart   environment, build, base model, FIPO training on this machine, report"
 	@echo "make env          the environment ($(VENV)) and the build; does nothing if they are up to date"
 	@echo "make test         the whole test suite;  make test-fast: unit tests;  make test-long: soaks and wide sweeps"
 	@echo "make test-gpu     on a machine with a GPU, with the torch that is there; make bench-gpu: how fast"
+	@echo "make bench        every benchmark beside its peers, as tables and JSON under $(BENCH_DIR)"
+	@echo "make bench-compare A=x.json B=y.json   what moved between two results beyond noise"
 	@echo "make lint         ruff and mypy;  make format: let ruff mend what it can"
 	@echo "make clean        remove the environment, the build and the quickstart's run"
 
@@ -50,6 +52,22 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=. $(PYTHON) tools/benchmark_gpu.py $(if $(JSON),--json $(JSON))
+
+BENCH_DIR ?= $(BENCH_NOW)
+BENCH_NOW := runs/benchmarks/$(shell date +%Y%m%d-%H%M%S)
+BENCHMARKS := $(wildcard tools/benchmark_*.py)
+# Those that need more than `make env` brings have commands of their own.
+BENCH := $(filter-out %_gpu.py %_rollout.py %_weight_sync.py,$(BENCHMARKS))
+
+bench: env
+	@for tool in $(BENCH); do \
+	  name=$$(basename $$tool .py); echo; echo "== $$name"; \
+	  $(BIN)/python $$tool --json $(BENCH_DIR)/$${name#benchmark_}.json || exit 1; \
+	done
+
+bench-compare: env
+	@test -n "$(A)" -a -n "$(B)" || { echo "usage: make bench-compare A=x.json B=y.json" >&2; exit 2; }
+	@$(BIN)/python tools/bench_compare.py $(A) $(B)
 
 lint: env
 	$(BIN)/ruff format --check .

@@ -27,6 +27,7 @@ HEADERS = [
     "csrc/core/fipo.h",
     "csrc/core/statistics.h",
     *(f"csrc/cpu/{name}" for name in ("capability.h", "kernels.h", "kernels.inc", "packed.h")),
+    *(f"csrc/cpu/simd_{name}.h" for name in ("portable", "avx2", "avx512")),
 ]
 TORCH_TARGET = (2, 10)
 # The last two let the compiler turn selections into vector blends; arithmetic stays IEEE (no -ffast-math).
@@ -111,6 +112,8 @@ operators = CppExtension(
         "csrc/cpu/dispatch.cpp",
         "csrc/cpu/capability.cpp",
         "csrc/cpu/kernels_portable.cpp",
+        "csrc/cpu/kernels_avx2.cpp",
+        "csrc/cpu/kernels_avx512.cpp",
     ],
     include_dirs=[CSRC],
     define_macros=[("TORCH_TARGET_VERSION", f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000")],

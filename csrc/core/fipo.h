@@ -24,12 +24,12 @@ struct FipoParams {
   bool paper;               // the paper's rules: safety sets f = 1, no dual clip
 };
 
-// One run of consecutive tokens of one sequence.
+// Pointers to token 0 of the pack.
 struct TokenInput {
   const float* logp;
   const float* old_logp;
   const uint8_t* response_mask;
-  const float* advantage;      // per token, or one value for the run
+  const float* advantage;      // per token or per sequence
   bool advantage_is_per_token;
   const float* token_weight;   // may be null: all ones
 };

@@ -14,7 +14,7 @@ const char* name(CpuCapability capability) {
 }
 
 CpuCapability offered_cpu_capability() {
-#if defined(__x86_64__)
+#ifdef MEGATRON_FIPO_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
@@ -24,7 +24,13 @@ CpuCapability offered_cpu_capability() {
   return CpuCapability::portable;
 }
 
-std::vector<CpuCapability> built_cpu_capabilities() { return {CpuCapability::portable}; }
+std::vector<CpuCapability> built_cpu_capabilities() {
+#ifdef MEGATRON_FIPO_X86
+  return {CpuCapability::portable, CpuCapability::avx2, CpuCapability::avx512};
+#else
+  return {CpuCapability::portable};
+#endif
+}
 
 CpuCapability selected_cpu_capability() {
   const CpuCapability offered = offered_cpu_capability();

@@ -4,6 +4,12 @@
 #include <string>
 #include <vector>
 
+// The vector kernels of x86-64 are built by GCC, whose target pragma they need; other compilers and processors get the
+// portable ones.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MEGATRON_FIPO_X86 1
+#endif
+
 namespace megatron_fipo {
 
 enum class CpuCapability { portable, avx2, avx512 };

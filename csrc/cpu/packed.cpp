@@ -2,78 +2,150 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "cpu/kernels.h"
 
 namespace megatron_fipo {
 namespace {
 
-constexpr int64_t kBlock = 16384;            // tokens
-constexpr int64_t kWholeSequence = 2 * kBlock;   // up to here a sequence is one work item
-constexpr int64_t kTokensPerThread = 8192;   // a thread is not worth waking for less
+constexpr int64_t kBlock = 16384;               // tokens of a work item, about
+constexpr int64_t kWholeSequence = 2 * kBlock;  // up to here a sequence is one block
+constexpr int64_t kTokensPerThread = 8192;      // a thread is not worth waking for less
 
-// Tokens [begin, end) of one sequence. starts_scan: the first block of its sequence in scan order.
+// One block of a sequence. starts_scan: the first of its sequence in scan order.
 struct Block {
-  int64_t begin, end, sequence;
+  Run run;
   bool starts_scan;
-  int64_t size() const { return end - begin; }
 };
 
-// In scan order, so that the block which hands its carry to blocks[i] is blocks[i - 1].
-std::vector<Block> cut(const std::vector<int64_t>& offsets, bool reverse) {
+// The blocks in scan order, so that the block which hands its carry to blocks[i] is blocks[i - 1], and the work items:
+// item i is the blocks from items[i] to items[i + 1].
+struct Plan {
   std::vector<Block> blocks;
-  for (int64_t s = 0; s + 1 < static_cast<int64_t>(offsets.size()); ++s) {
+  std::vector<size_t> items = {0};
+  int64_t num_tokens = 0;
+  bool has_cut_sequences = false;
+  int64_t num_items() const { return static_cast<int64_t>(items.size()) - 1; }
+};
+
+Plan make_plan(const std::vector<int64_t>& offsets, bool reverse) {
+  Plan plan;
+  plan.blocks.reserve(offsets.size() + offsets.back() / kBlock);
+  int64_t in_item = 0;
+  const auto close_item = [&] {
+    if (plan.items.back() != plan.blocks.size()) plan.items.push_back(plan.blocks.size());
+    in_item = 0;
+  };
+  const int64_t num_sequences = static_cast<int64_t>(offsets.size()) - 1;
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    const int64_t s = reverse ? num_sequences - 1 - i : i;   // the whole pack in scan order: one stream through memory
     const int64_t begin = offsets[s], end = offsets[s + 1], size = end - begin;
     const int64_t step = size <= kWholeSequence ? size : kBlock;
+    plan.has_cut_sequences |= step < size;
     for (int64_t done = 0; done < size; done += step) {
       const int64_t count = std::min(step, size - done);
       const int64_t at = reverse ? end - done - count : begin + done;
-      blocks.push_back({at, at + count, s, done == 0});
+      plan.blocks.push_back({{at, at + count, s}, done == 0});
+      in_item += count;
+      if (in_item >= kBlock) close_item();
     }
   }
-  return blocks;
+  close_item();
+  plan.num_tokens = offsets.back();
+  return plan;
 }
 
-// Runs body(i) for every block, in contiguous pieces of about equal numbers of tokens.
-void for_each(const std::vector<Block>& blocks, const Parallel& parallel, const std::function<void(size_t)>& body) {
-  int64_t total = 0;
-  for (const Block& block : blocks) total += block.size();
-  const int64_t pieces = std::clamp<int64_t>(total / kTokensPerThread, 1, parallel.threads);
-  std::vector<size_t> bounds = {0};
-  int64_t seen = 0;
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    seen += blocks[i].size();
-    while (static_cast<int64_t>(bounds.size()) < pieces && seen * pieces >= total * static_cast<int64_t>(bounds.size()))
-      bounds.push_back(i + 1);
-  }
-  bounds.push_back(blocks.size());
+// Runs body(item) for every item, in contiguous pieces.
+template <class Body>
+void for_each_item(const Plan& plan, const Parallel& parallel, const Body& body) {
+  const int64_t items = plan.num_items();
+  const int64_t pieces = std::min(items, std::min(plan.num_tokens / kTokensPerThread, parallel.threads));
   const auto run_pieces = [&](int64_t first, int64_t last) {
-    for (size_t i = bounds[first]; i < bounds[last]; ++i) body(i);
+    for (int64_t item = items * first / pieces; item < items * last / pieces; ++item) body(item);
   };
-  const int64_t count = static_cast<int64_t>(bounds.size()) - 1;
-  if (count == 1)
-    run_pieces(0, 1);
+  if (pieces > 1)
+    parallel.run(pieces, run_pieces);
   else
-    parallel.run(count, run_pieces);
+    for (int64_t item = 0; item < items; ++item) body(item);
 }
 
-// The carry into every block. aggregate(block) is the block's own carry out when nothing comes in.
-std::vector<double> carries(const std::vector<Block>& blocks, double gamma, const double* carry,
-                            const Parallel& parallel, const std::function<double(const Block&)>& aggregate) {
-  std::vector<double> own(blocks.size(), 0.0), in(blocks.size(), 0.0);
-  const auto feeds_next = [&](size_t i) { return i + 1 < blocks.size() && !blocks[i + 1].starts_scan; };
-  if (std::any_of(blocks.begin(), blocks.end(), [](const Block& block) { return !block.starts_scan; }))
-    for_each(blocks, parallel, [&](size_t i) {
-      if (feeds_next(i)) own[i] = aggregate(blocks[i]);
+template <class Body>
+void for_each_block(const Plan& plan, const Parallel& parallel, const Body& body) {
+  for_each_item(plan, parallel, [&](int64_t item) {
+    for (size_t i = plan.items[item]; i < plan.items[item + 1]; ++i) body(i);
+  });
+}
+
+// The carry into every block. aggregate(run) is the run's own carry out when nothing comes in.
+template <class Aggregate>
+std::vector<double> carries(const Plan& plan, double gamma, const double* carry, const Parallel& parallel,
+                            const Aggregate& aggregate) {
+  const std::vector<Block>& blocks = plan.blocks;
+  std::vector<double> own, in(blocks.size(), 0.0);
+  if (plan.has_cut_sequences) {
+    own.resize(blocks.size());
+    for_each_block(plan, parallel, [&](size_t i) {
+      if (i + 1 < blocks.size() && !blocks[i + 1].starts_scan) own[i] = aggregate(blocks[i].run);
     });
+  }
   for (size_t i = 0; i < blocks.size(); ++i) {
     if (blocks[i].starts_scan)
-      in[i] = carry ? carry[blocks[i].sequence] : 0.0;
+      in[i] = carry ? carry[blocks[i].run.sequence] : 0.0;
     else
-      in[i] = own[i - 1] + std::pow(gamma, static_cast<double>(blocks[i - 1].size())) * in[i - 1];
+      in[i] = own[i - 1] + std::pow(gamma, static_cast<double>(blocks[i - 1].run.size())) * in[i - 1];
   }
   return in;
+}
+
+// Stores that go past the caches save reading the lines that they replace. They pay once the outputs would push everything
+// else out, and need whole aligned registers. (What the system reports as cache size may be the whole socket's.)
+constexpr int64_t kStreamedBytes = int64_t{24} << 20;
+bool streams(int64_t output_bytes, std::initializer_list<const float*> outputs) {
+  return output_bytes > kStreamedBytes && std::all_of(outputs.begin(), outputs.end(), [](const float* p) {
+           return reinterpret_cast<uintptr_t>(p) % 64 == 0;
+         });
+}
+
+// The single-use sums of a work item's lanes.
+Statistics finish(const LaneStatistics& lanes, const FipoParams& params) {
+  const auto total = [](const double(&values)[kMaxLanes]) {
+    double all = 0.0;
+    for (double value : values) all += value;
+    return all;
+  };
+  Statistics result;
+  for (int i = 0; i < sum::count; ++i) result.sums[i] = static_cast<double>(lanes.counts[i]);
+  result.sums[sum::log_ratio] = total(lanes.log_ratio);
+  result.sums[sum::weight] = total(lanes.weight);
+  result.sums[sum::raw_weight] = total(lanes.raw_weight);
+  if (params.weight_low == kUnclippedLow && params.weight_high == kUnclippedHigh)
+    result.sums[sum::weight_at_high] = result.sums[sum::weight_at_low] = 0.0;
+
+  const auto low = [](const LaneStatistics::Range& range) { return *std::min_element(range.low, range.low + kMaxLanes); };
+  const auto high = [](const LaneStatistics::Range& range) { return *std::max_element(range.high, range.high + kMaxLanes); };
+  const auto raw_weight = [](float future_kl) {   // infinities, of no tokens, stay
+    return std::isinf(future_kl) ? future_kl : std::exp(std::clamp(future_kl, -kMaxFutureKl, kMaxFutureKl));
+  };
+  const auto weight = [&](float future_kl) {
+    return std::isinf(future_kl) ? future_kl : std::clamp(raw_weight(future_kl), params.weight_low, params.weight_high);
+  };
+  result.minima[extremum::weight] = std::min(weight(low(lanes.future_kl)), low(lanes.safe_weight));
+  result.maxima[extremum::weight] = std::max(weight(high(lanes.future_kl)), high(lanes.safe_weight));
+  result.minima[extremum::raw_weight] = raw_weight(std::min(low(lanes.future_kl), low(lanes.safe_future_kl)));
+  result.maxima[extremum::raw_weight] = raw_weight(std::max(high(lanes.future_kl), high(lanes.safe_future_kl)));
+  result.minima[extremum::negative_log_ratio] = low(lanes.negative_log_ratio);
+  result.maxima[extremum::negative_log_ratio] = high(lanes.negative_log_ratio);
+  result.minima[extremum::positive_log_ratio] = low(lanes.positive_log_ratio);
+  result.maxima[extremum::positive_log_ratio] = high(lanes.positive_log_ratio);
+  return result;
+}
+
+void merge(Statistics& total, const Statistics& other) {
+  for (int i = 0; i < sum::count; ++i) total.sums[i] += other.sums[i];
+  for (int i = 0; i < extremum::count; ++i) {
+    total.minima[i] = std::min(total.minima[i], other.minima[i]);
+    total.maxima[i] = std::max(total.maxima[i], other.maxima[i]);
+  }
 }
 
 }  // namespace
@@ -81,13 +153,13 @@ std::vector<double> carries(const std::vector<Block>& blocks, double gamma, cons
 void packed_scan(const float* x, float* y, const std::vector<int64_t>& offsets, int64_t num_tokens, double gamma,
                  bool reverse, const double* carry, const Parallel& parallel) {
   const auto scan = reverse ? kernels().scan_reverse : kernels().scan_forward;
-  const std::vector<Block> blocks = cut(offsets, reverse);
-  const std::vector<double> in = carries(blocks, gamma, carry, parallel, [&](const Block& block) {
-    return scan(x + block.begin, nullptr, block.size(), gamma, 0.0);
+  const Plan plan = make_plan(offsets, reverse);
+  const Discount discount(gamma);
+  const bool streaming = x != y && streams(num_tokens * sizeof(float), {y});
+  const std::vector<double> in = carries(plan, gamma, carry, parallel, [&](const Run& run) {
+    return scan(x, nullptr, run, discount, 0.0, false);
   });
-  for_each(blocks, parallel, [&](size_t i) {
-    scan(x + blocks[i].begin, y + blocks[i].begin, blocks[i].size(), gamma, in[i]);
-  });
+  for_each_block(plan, parallel, [&](size_t i) { scan(x, y, plan.blocks[i].run, discount, in[i], streaming); });
   std::fill(y + offsets.back(), y + num_tokens, 0.0f);
 }
 
@@ -108,56 +180,31 @@ void packed_scan(const double* x, double* y, const std::vector<int64_t>& offsets
   std::fill(y + offsets.back(), y + num_tokens, 0.0);
 }
 
-namespace {
-
-TokenInput tokens_of(const Block& block, const TokenInput& in) {
-  return {in.logp + block.begin,
-          in.old_logp + block.begin,
-          in.response_mask + block.begin,
-          in.advantage + (in.advantage_is_per_token ? block.begin : block.sequence),
-          in.advantage_is_per_token,
-          in.token_weight ? in.token_weight + block.begin : nullptr};
-}
-
-Statistics no_statistics() {
-  Statistics none = {};
-  std::fill_n(none.minima, extremum::count, std::numeric_limits<double>::infinity());
-  std::fill_n(none.maxima, extremum::count, -std::numeric_limits<double>::infinity());
-  return none;
-}
-
-void merge(Statistics& total, const Statistics& other) {
-  for (int i = 0; i < sum::count; ++i) total.sums[i] += other.sums[i];
-  for (int i = 0; i < extremum::count; ++i) {
-    total.minima[i] = std::min(total.minima[i], other.minima[i]);
-    total.maxima[i] = std::max(total.maxima[i], other.maxima[i]);
-  }
-}
-
-}  // namespace
-
 LossSums packed_fipo_loss(const TokenInput& in, const TokenOutput& out, const std::vector<int64_t>& offsets,
                           int64_t num_tokens, const FipoParams& params, const double* carry, const Parallel& parallel) {
-  const std::vector<Block> blocks = cut(offsets, /*reverse=*/true);
-  const std::vector<double> carry_in = carries(blocks, params.gamma, carry, parallel, [&](const Block& block) {
+  const Plan plan = make_plan(offsets, /*reverse=*/true);
+  const Discount discount(params.gamma);
+  const bool streaming = streams(2 * num_tokens * sizeof(float), {out.grad, out.weight});
+  const std::vector<double> carry_in = carries(plan, params.gamma, carry, parallel, [&](const Run& run) {
     int64_t beyond_c = 0;
-    return kernels().future_kl_aggregate(tokens_of(block, in), block.size(), params, beyond_c);
+    return kernels().future_kl_aggregate(in, run, params, discount, beyond_c);
   });
-  std::vector<SequenceSums> block_sums(blocks.size());
-  std::vector<Statistics> block_statistics(blocks.size(), no_statistics());
-  for_each(blocks, parallel, [&](size_t i) {
-    const int64_t begin = blocks[i].begin;
-    kernels().fipo_loss(tokens_of(blocks[i], in), blocks[i].size(), params, carry_in[i],
-                        {out.grad + begin, out.weight + begin}, block_sums[i], block_statistics[i]);
+  std::vector<SequenceSums> block_sums(plan.blocks.size());
+  std::vector<Statistics> item_statistics(plan.num_items());
+  for_each_item(plan, parallel, [&](int64_t item) {
+    LaneStatistics lanes;
+    for (size_t i = plan.items[item]; i < plan.items[item + 1]; ++i)
+      kernels().fipo_loss(in, plan.blocks[i].run, params, discount, carry_in[i], out, streaming, block_sums[i], lanes);
+    item_statistics[item] = finish(lanes, params);
   });
-  LossSums sums = {std::vector<SequenceSums>(offsets.size() - 1), no_statistics()};
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    SequenceSums& total = sums.sequences[blocks[i].sequence];
+  LossSums sums = {std::vector<SequenceSums>(offsets.size() - 1), finish(LaneStatistics(), params)};
+  for (size_t i = 0; i < plan.blocks.size(); ++i) {
+    SequenceSums& total = sums.sequences[plan.blocks[i].run.sequence];
     total.loss += block_sums[i].loss;
     total.tokens += block_sums[i].tokens;
     total.dual_clipped += block_sums[i].dual_clipped;
-    merge(sums.statistics, block_statistics[i]);
   }
+  for (const Statistics& statistics : item_statistics) merge(sums.statistics, statistics);
   const int64_t used = offsets.back();
   std::fill(out.grad + used, out.grad + num_tokens, 0.0f);
   std::fill(out.weight + used, out.weight + num_tokens, std::clamp(1.0f, params.weight_low, params.weight_high));
@@ -166,16 +213,17 @@ LossSums packed_fipo_loss(const TokenInput& in, const TokenOutput& out, const st
 
 std::vector<Aggregate> packed_future_kl_aggregate(const TokenInput& in, const std::vector<int64_t>& offsets,
                                                   const FipoParams& params, const Parallel& parallel) {
-  const std::vector<Block> blocks = cut(offsets, /*reverse=*/true);
-  std::vector<Aggregate> own(blocks.size()), sequences(offsets.size() - 1);
-  for_each(blocks, parallel, [&](size_t i) {
+  const Plan plan = make_plan(offsets, /*reverse=*/true);
+  const Discount discount(params.gamma);
+  std::vector<Aggregate> own(plan.blocks.size()), sequences(offsets.size() - 1);
+  for_each_block(plan, parallel, [&](size_t i) {
     own[i].future_kl =
-        kernels().future_kl_aggregate(tokens_of(blocks[i], in), blocks[i].size(), params, own[i].beyond_c);
+        kernels().future_kl_aggregate(in, plan.blocks[i].run, params, discount, own[i].beyond_c);
   });
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    Aggregate& total = sequences[blocks[i].sequence];
-    total.future_kl =
-        own[i].future_kl + std::pow(params.gamma, static_cast<double>(blocks[i].size())) * total.future_kl;
+  for (size_t i = 0; i < plan.blocks.size(); ++i) {
+    const Run& run = plan.blocks[i].run;
+    Aggregate& total = sequences[run.sequence];
+    total.future_kl = own[i].future_kl + std::pow(params.gamma, static_cast<double>(run.size())) * total.future_kl;
     total.beyond_c += own[i].beyond_c;
   }
   return sequences;
@@ -183,10 +231,11 @@ std::vector<Aggregate> packed_future_kl_aggregate(const TokenInput& in, const st
 
 void packed_scale(const float* x, const double* scale, float* y, const std::vector<int64_t>& offsets,
                   int64_t num_tokens, const Parallel& parallel) {
-  const std::vector<Block> blocks = cut(offsets, /*reverse=*/false);
-  for_each(blocks, parallel, [&](size_t i) {
-    const float factor = static_cast<float>(scale[blocks[i].sequence]);
-    for (int64_t t = blocks[i].begin; t < blocks[i].end; ++t) y[t] = x[t] * factor;
+  const Plan plan = make_plan(offsets, /*reverse=*/false);
+  const bool streaming = streams(num_tokens * sizeof(float), {y});
+  for_each_block(plan, parallel, [&](size_t i) {
+    const Run& run = plan.blocks[i].run;
+    kernels().scale(x, y, run, static_cast<float>(scale[run.sequence]), streaming);
   });
   std::fill(y + offsets.back(), y + num_tokens, 0.0f);
 }

@@ -30,7 +30,7 @@ from megatron_fipo.loss.metrics import (
 )
 from megatron_fipo.loss.normalization import loss_scale
 from megatron_fipo.ops.fused_loss import fused_fipo_loss
-from megatron_fipo.ops.packed import check_cu_seqlens, sum_per_sequence
+from megatron_fipo.ops.packed import check_cu_seqlens, check_offsets, sum_per_sequence
 from megatron_fipo.ops.reference import reference_discounted_scan
 
 BACKENDS = ("compiled", "torch")
@@ -97,7 +97,9 @@ def fipo_loss(
     """
     num_tokens, num_sequences = logp_T.shape[0], cu_seqlens_S1.shape[0] - 1
     _check(logp_T, old_logp_T, response_mask_T, token_weight_T, backend)
-    check_cu_seqlens(cu_seqlens_S1, num_tokens)
+    check_cu_seqlens(cu_seqlens_S1)
+    if backend == "torch":
+        check_offsets(cu_seqlens_S1, num_tokens)
     if advantage.shape not in ((num_sequences,), (num_tokens,)):
         raise ValueError(f"advantage must have shape [{num_sequences}] or [{num_tokens}], not {list(advantage.shape)}")
 

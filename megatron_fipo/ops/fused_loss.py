@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_fipo._host import loss_statistics
 from megatron_fipo.ops.library import operators
+from megatron_fipo.ops.packed import check_offsets
 
 # Names of statistics_K: the sums, then a minimum for each of EXTREMA, then a maximum for each.
 SUMS: tuple[str, ...] = loss_statistics()["sums"]
@@ -80,6 +81,20 @@ def _backward(ctx, grad_loss_S, *_):
 torch.library.register_autograd("megatron_fipo::fipo_loss", _backward, setup_context=_save)
 
 
+class _EagerLoss(torch.autograd.Function):
+    """The same gradient for eager calls: what torch makes of the registration costs 100 us a call in Python."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        grad_T, weight_T = (torch.empty_like(inputs[0], dtype=torch.float32) for _ in range(2))
+        loss_S, counts_S2, statistics_K = operators.fipo_loss_out(*inputs, grad_T, weight_T)
+        output = loss_S, counts_S2, grad_T, weight_T, statistics_K
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
 def fused_fipo_loss(
     logp_T: Tensor,
     old_logp_T: Tensor,
@@ -124,12 +139,18 @@ def fused_fipo_loss(
         clip_high,
         paper,
     )
-    if out is None:
-        return FusedLoss(*operators.fipo_loss(*arguments))
-    if torch.is_grad_enabled() and logp_T.requires_grad:
+    needs_gradient = torch.is_grad_enabled() and logp_T.requires_grad
+    if out is not None and needs_gradient:
         raise ValueError("out cannot be combined with a gradient: detach logp_T, or leave out away")
-    loss_S, counts_S2, statistics_K = operators.fipo_loss_out(*arguments, *out)
-    return FusedLoss(loss_S, counts_S2, *out, statistics_K)
+    try:
+        if out is not None:
+            loss_S, counts_S2, statistics_K = operators.fipo_loss_out(*arguments, *out)
+            return FusedLoss(loss_S, counts_S2, *out, statistics_K)
+        eager = needs_gradient and not torch.compiler.is_compiling()
+        return FusedLoss(*(_EagerLoss.apply if eager else operators.fipo_loss)(*arguments))
+    except RuntimeError:
+        check_offsets(cu_seqlens_S1, logp_T.shape[0])  # says it as ValueError if that is what the operator refused
+        raise
 
 
 def future_kl_aggregate(

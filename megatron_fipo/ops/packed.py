@@ -7,15 +7,20 @@ import torch
 from torch import Tensor
 
 
-def check_cu_seqlens(cu_seqlens_S1: Tensor, num_tokens: int) -> None:
-    """Raises ValueError unless int32 or int64 [S + 1]; on CPU also unless 0 = first <= ... <= last <= num_tokens.
-
-    The values are not read on an accelerator (it would wait) or under torch.compile; the operators on CPU check again.
-    """
+def check_cu_seqlens(cu_seqlens_S1: Tensor) -> None:
+    """Raises ValueError unless int32 or int64 [S + 1]."""
     if cu_seqlens_S1.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, not {cu_seqlens_S1.dtype}")
     if cu_seqlens_S1.dim() != 1 or cu_seqlens_S1.shape[0] == 0:
         raise ValueError(f"cu_seqlens must have shape [S + 1], not {list(cu_seqlens_S1.shape)}")
+
+
+def check_offsets(cu_seqlens_S1: Tensor, num_tokens: int) -> None:
+    """Raises ValueError unless 0 = first <= ... <= last <= num_tokens.
+
+    The values are not read on an accelerator (it would wait) or under torch.compile. The operators on CPU check on
+    their own, for less than these few calls cost.
+    """
     if cu_seqlens_S1.device.type != "cpu" or torch.compiler.is_compiling():
         return
     first, last = int(cu_seqlens_S1[0]), int(cu_seqlens_S1[-1])

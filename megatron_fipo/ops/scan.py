@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.ops.library import operators
-from megatron_fipo.ops.packed import check_cu_seqlens
+from megatron_fipo.ops.packed import check_cu_seqlens, check_offsets
 
 
 @torch.library.register_fake("megatron_fipo::discounted_scan")
@@ -57,7 +57,7 @@ def discounted_scan(
     """
     if x_T.dtype not in (torch.float32, torch.float64) or x_T.dim() != 1:
         raise ValueError(f"x must be float32 or float64 of shape [T], not {x_T.dtype} {list(x_T.shape)}")
-    check_cu_seqlens(cu_seqlens_S1, x_T.shape[0])
+    check_cu_seqlens(cu_seqlens_S1)
     if carry is not None:
         if carry.shape != (cu_seqlens_S1.shape[0] - 1,) or not carry.dtype.is_floating_point:
             raise ValueError(
@@ -66,12 +66,18 @@ def discounted_scan(
             )
         carry = carry.double().contiguous()
     x_T, cu_seqlens_S1 = x_T.contiguous(), cu_seqlens_S1.contiguous()
-    if out is None:
-        return operators.discounted_scan(x_T, cu_seqlens_S1, gamma, reverse, carry)
-
-    if out.dtype != x_T.dtype or out.shape != x_T.shape or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, {x_T.dtype} {list(x_T.shape)}, not {out.dtype} {list(out.shape)}")
-    if torch.is_grad_enabled() and (x_T.requires_grad or (carry is not None and carry.requires_grad)):
-        raise ValueError("out cannot be combined with a gradient: detach x and carry, or leave out away")
-    operators.discounted_scan_out(x_T, cu_seqlens_S1, gamma, reverse, carry, out)
-    return out
+    if out is not None:
+        if out.dtype != x_T.dtype or out.shape != x_T.shape or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous, {x_T.dtype} {list(x_T.shape)}, not {out.dtype} {list(out.shape)}"
+            )
+        if torch.is_grad_enabled() and (x_T.requires_grad or (carry is not None and carry.requires_grad)):
+            raise ValueError("out cannot be combined with a gradient: detach x and carry, or leave out away")
+    try:
+        if out is None:
+            return operators.discounted_scan(x_T, cu_seqlens_S1, gamma, reverse, carry)
+        operators.discounted_scan_out(x_T, cu_seqlens_S1, gamma, reverse, carry, out)
+        return out
+    except RuntimeError:
+        check_offsets(cu_seqlens_S1, x_T.shape[0])  # says it as ValueError if that is what the operator refused
+        raise

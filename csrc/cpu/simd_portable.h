@@ -1,0 +1,95 @@
+// The vector operations of kernels.inc in the compiler's own vector types: SSE2 on x86-64, NEON on aarch64.
+#include <cstdint>
+#include <cstring>
+
+namespace megatron_fipo {
+namespace {
+
+constexpr int kLanes = 4;
+constexpr bool kMasksAreFree = false;
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(float))));   // -1 or 0 in each lane
+
+inline Vector broadcast(float x) { return Vector{x, x, x, x}; }
+inline Vector load(const float* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
+inline void stream(float* p, Vector v) { store(p, v); }
+inline void finish_streams() {}
+
+// Lanes [low, high) of a register: others are neither read nor written.
+inline Vector load(const float* p, int low, int high) {
+  Vector v = {};
+  for (int lane = low; lane < high; ++lane) v[lane] = p[lane];
+  return v;
+}
+inline void store(float* p, Vector v, int low, int high) {
+  for (int lane = low; lane < high; ++lane) p[lane] = v[lane];
+}
+inline Mask load_mask(const uint8_t* p) { return Mask{p[0], p[1], p[2], p[3]} != 0; }
+inline Mask load_mask(const uint8_t* p, int low, int high) {
+  Mask m = {};
+  for (int lane = low; lane < high; ++lane) m[lane] = p[lane] ? -1 : 0;
+  return m;
+}
+// Torch's bool is 0 or 1.
+inline uint32_t bytes_of(const uint8_t* p) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return bytes;
+}
+inline bool all_response(const uint8_t* p) { return bytes_of(p) == 0x01010101u; }
+inline bool no_response(const uint8_t* p) { return bytes_of(p) == 0; }
+inline bool every(Mask m) {
+  typedef int64_t Half __attribute__((vector_size(sizeof(Mask))));
+  const Half halves = reinterpret_cast<Half>(m);
+  return (halves[0] & halves[1]) == -1;
+}
+inline Mask both(Mask a, Mask b) { return a & b; }
+inline Mask without(Mask a, Mask b) { return a & ~b; }
+
+using Count = Mask;   // of each lane
+inline void count(Count& total, Mask m) { total -= m; }
+inline int64_t lane_total(Count total) { return int64_t{total[0]} + total[1] + total[2] + total[3]; }
+
+inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+// A NaN in the second argument is returned.
+inline Vector minimum(Vector bound, Vector x) { return x > bound ? bound : x; }
+inline Vector maximum(Vector bound, Vector x) { return x < bound ? bound : x; }
+inline Mask less(Vector a, Vector b) { return a < b; }
+inline Mask at_most(Vector a, Vector b) { return a <= b; }
+inline Mask differ(Vector a, Vector b) { return a != b; }
+inline Mask same_or_nan(Vector a, Vector b) { return ~((a < b) | (a > b)); }
+inline Vector masked(Mask m, Vector v) { return m ? v : Vector{}; }
+inline Vector select(Mask m, Vector yes, Vector no) { return m ? yes : no; }
+
+inline Vector absolute(Vector v) { return v < 0 ? -v : v; }
+inline Vector add_where(Mask m, Vector total, Vector v) { return total + masked(m, v); }
+inline Vector minimum_where(Mask m, Vector total, Vector v) { return select(m & (v < total), v, total); }
+inline Vector maximum_where(Mask m, Vector total, Vector v) { return select(m & (v > total), v, total); }
+
+// The scan inside one register, by doubling; power[k] = gamma^(2^k) in every lane.
+template <bool Reverse>
+inline Vector scan_register(Vector v, const Vector* power) {
+  const Vector one = Reverse ? Vector{v[1], v[2], v[3], 0} : Vector{0, v[0], v[1], v[2]};
+  v = fma(power[0], one, v);
+  const Vector two = Reverse ? Vector{v[2], v[3], 0, 0} : Vector{0, 0, v[0], v[1]};
+  return fma(power[1], two, v);
+}
+
+template <bool Reverse>
+inline Vector scan_register(const float* p, const Vector* power) {
+  return scan_register<Reverse>(load(p), power);
+}
+
+constexpr int kExpBits = 0;   // exponential() in kernels.inc uses no table
+
+inline void add_to(double* sums, Vector v) {
+  for (int lane = 0; lane < kLanes; ++lane) sums[lane] += v[lane];
+}
+
+}  // namespace
+}  // namespace megatron_fipo

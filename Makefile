@@ -7,12 +7,13 @@ export PYTHONUNBUFFERED := 1
 # Nothing here asks a hub for models or data.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart env test test-fast test-long bench bench-compare lint format clean
+.PHONY: help quickstart env test test-fast test-long test-gpu bench bench-compare bench-gpu lint format clean
 
 help:
 	@echo "make quickstart   environment, build, base model, FIPO training on this machine, report"
 	@echo "make env          the environment ($(VENV)) and the build; does nothing if they are up to date"
 	@echo "make test         the whole test suite;  make test-fast: unit tests;  make test-long: soaks and wide sweeps"
+	@echo "make test-gpu     on a machine with a GPU, with the torch that is there; make bench-gpu: how fast"
 	@echo "make bench        every benchmark beside its peers, as tables and JSON under $(BENCH_DIR)"
 	@echo "make bench-compare A=x.json B=y.json   what moved between two results beyond noise"
 	@echo "make lint         ruff and mypy;  make format: let ruff mend what it can"
@@ -40,6 +41,17 @@ test-fast: env
 
 test-long: env
 	$(BIN)/python -m pytest -m long --timeout 3600 tests
+
+# On a GPU machine, with the python and torch that are there (PYTHON=...): neither `make env` nor a package index.
+PYTHON ?= python3
+
+test-gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -p no:cacheprovider tests/gpu
+
+bench-gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=. $(PYTHON) tools/benchmark_gpu.py $(if $(JSON),--json $(JSON))
 
 BENCH_DIR ?= $(BENCH_NOW)
 BENCH_NOW := runs/benchmarks/$(shell date +%Y%m%d-%H%M%S)

@@ -1,6 +1,8 @@
 // Host code for Python (megatron_fipo._host): what was built, what this CPU runs, packing. No torch.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "core/statistics.h"
 #include "cpu/capability.h"
 #include "host/bindings.h"
@@ -18,7 +20,10 @@ py::dict build_info() {
 #endif
   info["flags"] = MEGATRON_FIPO_FLAGS;
   info["torch_target_version"] = MEGATRON_FIPO_TORCH_TARGET;
-  info["cuda"] = false;
+  py::list architectures;   // the list ends with 0, so that it is never empty
+  for (int architecture : {MEGATRON_FIPO_CUDA_ARCHITECTURES})
+    if (architecture) architectures.append("sm_" + std::to_string(architecture));
+  info["cuda"] = py::tuple(architectures);
   return info;
 }
 
@@ -52,7 +57,8 @@ py::dict loss_statistics() {
 PYBIND11_MODULE(_host, module) {
   megatron_fipo::bind_packing(module);
   module.def("build_info", &build_info,
-             "{'compiler', 'flags', 'torch_target_version': the oldest torch the operators load on, 'cuda': bool}");
+             "{'compiler', 'flags', 'torch_target_version': the oldest torch the operators load on, "
+             "'cuda': architectures with kernels, such as 'sm_90'; empty: none}");
   module.def("loss_statistics", &loss_statistics,
              "{'sums', 'extrema': names}: the operators' statistics_K holds the sums, the minima, then the maxima.");
   module.def("cpu_capability", &cpu_capability,

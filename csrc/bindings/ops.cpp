@@ -5,28 +5,25 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "bindings/arguments.h"
 #include "cpu/packed.h"
 
 namespace {
 
+using megatron_fipo::check_vector;
+using megatron_fipo::fipo_params;
 using megatron_fipo::FipoParams;
+using megatron_fipo::floats;
 using megatron_fipo::Parallel;
 using megatron_fipo::TokenInput;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void check_vector(const Tensor& t, const char* name, ScalarType dtype, int64_t size) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), name, " must be a contiguous vector");
-  STD_TORCH_CHECK(t.numel() == size, name, " has ", t.numel(), " elements, expected ", size);
-}
 
 template <class T>
 std::vector<int64_t> copy(const Tensor& t) {
@@ -87,8 +84,6 @@ Tensor discounted_scan(const Tensor& x, const Tensor& cu_seqlens, double gamma, 
   return out;
 }
 
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-
 TokenInput token_input(const Tensor& logp, const Tensor& old_logp, const Tensor& advantage, const Tensor& response_mask,
                        const std::optional<Tensor>& token_weight, bool advantage_is_per_token, int64_t num_sequences) {
   const int64_t num_tokens = logp.numel();
@@ -103,20 +98,6 @@ TokenInput token_input(const Tensor& logp, const Tensor& old_logp, const Tensor&
           floats(advantage),
           advantage_is_per_token,
           token_weight ? floats(*token_weight) : nullptr};
-}
-
-FipoParams fipo_params(double gamma, double weight_low, double weight_high, double safety_threshold, double dual_clip,
-                       double clip_low, double clip_high, bool paper) {
-  STD_TORCH_CHECK(dual_clip > 1, "dual_clip must be above 1, not ", dual_clip);
-  return {gamma,
-          static_cast<float>(weight_low),
-          static_cast<float>(weight_high),
-          static_cast<float>(safety_threshold),
-          static_cast<float>(dual_clip),
-          static_cast<float>(std::log(dual_clip)),
-          static_cast<float>(clip_low),
-          static_cast<float>(clip_high),
-          paper};
 }
 
 std::tuple<Tensor, Tensor, Tensor> fipo_loss_out(

@@ -196,7 +196,7 @@ def test_missing_library_says_what_to_do(monkeypatch, tmp_path):
 
 def test_host_module_tells_what_was_built():
     info = _host.build_info()
-    assert "-O3" in info["flags"] and info["torch_target_version"] == "2.10" and info["cuda"] is False
+    assert "-O3" in info["flags"] and info["torch_target_version"] == "2.10" and isinstance(info["cuda"], tuple)
     assert info["compiler"].startswith(("gcc", "clang"))
     capability = _host.cpu_capability()
     assert capability["selected"] in capability["built"] and "portable" in capability["built"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.loss import FipoConfig, LossStatistics, fipo_loss
 from megatron_fipo.model.logprob import packed_log_probs
+from megatron_fipo.ops import has_kernels_for
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Policy:
                     loss_config,
                     group_ids_S=batch.group_ids_S,
                     loss_scale_S=batch.loss_scale_S,
+                    backend="compiled" if has_kernels_for(logp_T.device.type) else "torch",
                 )
                 # With scales the sum over the mini-batch is the loss itself: nothing is left to divide by.
                 denominator = out.denominator if batch.loss_scale_S is None else _count(0)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_fipo._host import build_info
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -16,3 +18,8 @@ def _load() -> None:
 
 _load()
 operators = torch.ops.megatron_fipo
+
+
+def has_kernels_for(device_type: str) -> bool:
+    """Whether this build holds compiled kernels for tensors on "cpu" or "cuda"."""
+    return device_type == "cpu" or (device_type == "cuda" and bool(build_info()["cuda"]))

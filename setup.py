@@ -26,7 +26,8 @@ CSRC = str(ROOT / "csrc")  # ninja compiles in the build folder: includes need t
 HEADERS = [
     "csrc/core/fipo.h",
     "csrc/core/statistics.h",
-    *(f"csrc/cpu/{name}" for name in ("capability.h", "kernels.h", "kernels.inc", "packed.h")),
+    *(f"csrc/cpu/{name}" for name in ("capability.h", "kernels.h", "packed.h")),
+    *(f"csrc/cpu/{name}.inc" for name in ("kernels", "kernels_scan", "kernels_loss")),
     *(f"csrc/cpu/simd_{name}.h" for name in ("portable", "avx2", "avx512")),
 ]
 TORCH_TARGET = (2, 10)

@@ -94,7 +94,7 @@ inline Vector scan_register(const float* p, const Vector* power) {
   return scan_register<Reverse>(load(p), power);
 }
 
-// 2^(n / 8) for the integer n in the low bits of `shifted` (exponential() in kernels.inc).
+// 2^(n / 8) for the integer n in the low bits of `shifted` (exponential() in kernels_loss.inc).
 constexpr int kExpBits = 3;
 // The bits of 2^(i / 8), less i where the shifted n adds it.
 alignas(64) constexpr int32_t kPowersOfTwo[] = {

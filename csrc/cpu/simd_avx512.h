@@ -81,7 +81,7 @@ inline Vector scan_register(const float* p, const Vector* power) {
   return scan_rest<Reverse>(load(p), by_one, power);
 }
 
-// 2^(n / 16) for the integer n in the low bits of `shifted` (exponential() in kernels.inc).
+// 2^(n / 16) for the integer n in the low bits of `shifted` (exponential() in kernels_loss.inc).
 constexpr int kExpBits = 4;
 // The bits of 2^(i / 16), less i where the shifted n adds it.
 alignas(64) constexpr int32_t kPowersOfTwo[] = {

@@ -85,7 +85,7 @@ inline Vector scan_register(const float* p, const Vector* power) {
   return scan_register<Reverse>(load(p), power);
 }
 
-constexpr int kExpBits = 0;   // exponential() in kernels.inc uses no table
+constexpr int kExpBits = 0;   // exponential() in kernels_loss.inc uses no table
 
 inline void add_to(double* sums, Vector v) {
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += v[lane];

@@ -25,7 +25,7 @@ from megatron_fipo.validation import check, check_command_line
 DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
 
 Start it under torchrun:  torchrun --nproc-per-node N -m megatron_fipo.train --preset fipo-32b --hf-model DIR ...
-Our flags come first below; every other Megatron-LM flag works as it is."""
+Our flags come first below; then Megatron-LM's own, of which those of its pre-training loop are refused."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,6 +5,7 @@ Only the first rank records (``writer`` is None on the others), but every rank t
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -58,7 +59,6 @@ class Recorder:
     ) -> None:
         """One finished step; collective over the replicas."""
         statistics = reduce_statistics([statistics for statistics, _ in results], self._replicas)
-        losses = loss_metrics(statistics, [norm for _, norm in results])
         micro_batches = [batch for update in updates for batch in update]
         policy = policy_metrics(micro_batches, entropy_sum, self._loss, self._replicas)
         if self._writer is None:
@@ -69,7 +69,7 @@ class Recorder:
             "time": time.time(),
             **rollout_metrics(rollout),
             **policy,
-            **losses,
+            **loss_metrics(statistics, [norm for _, norm in results]),
             "actor/lr": learning_rate,
             **throughput(rollout, times),
             **times,
@@ -103,7 +103,7 @@ class Recorder:
             "versions": run.environment,
         }
         self._folder.write_summary(summary)
-        report = write_report([load_run(self._folder.path)], self._folder.report)
+        report = write_report([replace(run, summary=summary)], self._folder.report)
         self._console.finish(summary, run.samples, report)
 
     def _show(self, evaluation: Evaluation) -> None:

@@ -113,9 +113,10 @@ def _load(
         load_hf_weights(chunks, args.hf_model)
         optimizer.reload_model_params()  # fp32 main copies, where there are any
         return checkpoint.LoopState(prompts=stream.fingerprint)
-    state = checkpoint.load(args.load_run, args, chunks, optimizer, scheduler)
     if args.finetune:
+        checkpoint.load_weights(args.load_run, args, chunks, optimizer)
         return checkpoint.LoopState(prompts=stream.fingerprint)
+    state = checkpoint.load(args.load_run, args, chunks, optimizer, scheduler)
     if args.prompt_data and state.prompts != stream.fingerprint:
         raise UserError(
             f"--load {args.load_run} was trained with another --prompt-data, --max-prompt-tokens or --seed, so its "

@@ -10,13 +10,11 @@ ours through autograd, at 64 x 8192. Torch's loss uses our scan: its own ways ta
 (benchmark_scan.py).
 """
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
 from benchmarks import packs
-from benchmarks.measure import interleave, print_table, ratio, rows, write_report
+from benchmarks.measure import interleave, parse_arguments, print_table, ratio, rows, write_report
 from benchmarks.native import Native
 
 from megatron_fipo.loss import FipoConfig, fipo_loss
@@ -131,11 +129,7 @@ def measure_training(pack: packs.Pack, seconds: float) -> dict[str, list[float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a few samples only, to see that it runs")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     torch.set_num_threads(arguments.threads)
     seconds, native, table, over_stream = 0.0 if arguments.quick else 10.0, Native(), [], {}
 

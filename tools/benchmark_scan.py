@@ -8,16 +8,13 @@ the speed of memcpy of the same bytes; numba_over_scan (the lowest of the three 
 (64 x 8192): how many times longer they take. Buffers are reused. The table also shows a copy past the caches.
 """
 
-import argparse
-from pathlib import Path
-
 import numba
 import numpy as np
 import scipy.signal
 import torch
 from benchmarks import packs
 from benchmarks.chunked_matmul import chunked_matmul_scan
-from benchmarks.measure import interleave, print_table, ratio, rows, write_report
+from benchmarks.measure import interleave, parse_arguments, print_table, ratio, rows, write_report
 from benchmarks.native import Native
 from torch._higher_order_ops.associative_scan import associative_scan
 
@@ -93,11 +90,7 @@ def measure_slow_peers(pack: packs.Pack, seconds: float) -> dict[str, list[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a few samples only, to see that it runs")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     torch.set_num_threads(arguments.threads)
     numba.set_num_threads(arguments.threads)
     seconds, native, table, ratios = 0.0 if arguments.quick else 8.0, Native(), [], {}

@@ -57,21 +57,21 @@ def save(folder: str, state: LoopState, model: list[Any], optimizer: Any, schedu
 
 
 def load(folder: str, args: argparse.Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> LoopState:
-    """Load the newest whole checkpoint in ``folder``; with ``args.finetune`` its weights only.
+    """Load the newest whole checkpoint in ``folder``, which :func:`check_loadable` has found.
 
-    ``args`` are Megatron's global arguments, which its loader reads. Collective over all ranks. Raises UserError as
-    :func:`check_loadable`.
+    ``args`` are Megatron's global arguments, which its loader reads. Collective over all ranks.
     """
     args.load = folder
-    if args.finetune:
-        check_loadable(folder, finetune=True)
-        checkpointing.load_checkpoint(model, None, None)
-        optimizer.reload_model_params()  # fp32 main copies, where there are any
-        return LoopState()
-    check_loadable(folder, finetune=False)
     args.ckpt_step = whole_checkpoints(folder)[-1]
     checkpointing.load_checkpoint(model, optimizer, scheduler)
     return LoopState(**json.loads((_folder_of(folder, args.ckpt_step) / _STATE_FILE).read_text()))
+
+
+def load_weights(folder: str, args: argparse.Namespace, model: list[Any], optimizer: Any) -> None:
+    """Load the weights alone, of any checkpoint that :func:`check_loadable` has found (``args.finetune``)."""
+    args.load = folder
+    checkpointing.load_checkpoint(model, None, None)
+    optimizer.reload_model_params()  # fp32 main copies, where there are any
 
 
 def check_loadable(folder: str, *, finetune: bool) -> None:

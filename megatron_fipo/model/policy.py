@@ -49,8 +49,7 @@ class Policy:
             )
 
             def keep(logp_T: Tensor) -> tuple[Tensor, Tensor, Any]:
-                entropy = torch.where(batch.response_mask_T, entropy_T, 0).double().sum()
-                return logp_T.sum(), _count(0), (batch.with_old_logp(logp_T), entropy)
+                return logp_T.sum(), _count(0), (batch.with_old_logp(logp_T), entropy_T.double().sum())
 
             return logp_T, keep
 
@@ -81,7 +80,6 @@ class Policy:
                     batch.response_mask_T,
                     batch.cu_seqlens_S1,
                     loss_config,
-                    group_ids_S=batch.group_ids_S,
                     loss_scale_S=batch.loss_scale_S,
                     backend="compiled" if has_kernels_for(logp_T.device.type) else "torch",
                 )

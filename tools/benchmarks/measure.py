@@ -5,6 +5,7 @@ medians over the rounds of (time of the peer / time of ours). Before a call is t
 the thread pools of torch and numba spin for a while after each use, and would take the cores away from each other.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -13,6 +14,15 @@ from pathlib import Path
 
 WARM_UP_SECONDS = 0.004
 SAMPLE_SECONDS = 0.004  # short calls are repeated until a sample is that long
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """The flags that benchmarks of operators share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a few samples only, to see that it runs")
+    return parser.parse_args()
 
 
 def interleave(calls: Mapping[str, Callable[[], object]], *, seconds: float, rounds: int = 7) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
-from megatron_fipo.validation import check, check_command_line
+from megatron_fipo.validation import check, check_command_line, model_parallel_size
 
 DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
 
@@ -149,10 +149,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.rank = int(os.environ.get("RANK", "0"))
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.dry_run:  # as if started on enough ranks for one replica
-        model_parallel = (
-            args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-        )
-        args.world_size = max(args.world_size, model_parallel)
+        args.world_size = max(args.world_size, model_parallel_size(args))
     check(args)
     _derive(args)
     if args.hf_model:
@@ -176,7 +173,7 @@ def _platform_defaults() -> dict[str, Any]:
         "dist_ckpt_optim_fully_reshardable": True,
         "ckpt_format": "torch_dist",
         "rerun_mode": "disabled",
-        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # packs differ in length, which Megatron's default cannot
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "use_distributed_optimizer": True,
@@ -219,6 +216,7 @@ def _validate_megatron(args: argparse.Namespace) -> None:
                 args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             )
             megatron_arguments.validate_args(args)
+            args.variable_seq_lengths = True  # packs differ in length; validate_args resets it
         except AssertionError as error:
             failed = traceback.extract_tb(error.__traceback__)[-1].line
             raise UserError(f"Megatron refuses these flags: {str(error) or failed}") from error
@@ -230,7 +228,8 @@ def banner(args: argparse.Namespace) -> dict[str, str]:
     low, high = n["fipo_weight_range"]
     return {
         "model": args.hf_model,
-        "ranks": f"{n['world_size']}: data parallel {n['data_parallel']}, tensor parallel {n['tensor_parallel']}",
+        "ranks": f"{n['world_size']}: "
+        + ", ".join(f"{kind} parallel {n[f'{kind}_parallel']}" for kind in ("data", "tensor", "pipeline", "context")),
         "rollout": f"{n['prompts_per_step']} prompts x {n['group_size']} = {n['samples_per_step']:,} samples a step, "
         f"up to {n['max_response_tokens']:,} tokens each",
         "updates": f"{n['updates_per_step']} a step of {n['samples_per_update']:,} samples",
@@ -244,7 +243,6 @@ def banner(args: argparse.Namespace) -> dict[str, str]:
 def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
     """Every number that follows from the flags, as printed at the start and by --dry-run."""
     samples = args.grpo_prompts_per_step * args.grpo_group_size
-    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     return {
         "preset": args.preset,
         "loss": args.loss,
@@ -275,5 +273,5 @@ def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
         "tensor_parallel": args.tensor_model_parallel_size,
         "pipeline_parallel": args.pipeline_model_parallel_size,
         "context_parallel": args.context_parallel_size,
-        "data_parallel": args.world_size // model_parallel,
+        "data_parallel": args.world_size // model_parallel_size(args),
     }

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_fipo.checkpoint import state as checkpoint
 from megatron_fipo.checkpoint.hf import load_hf_weights
+from megatron_fipo.data.planning import UpdatePlan
 from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.inputs import Inputs
 from megatron_fipo.loss import FipoConfig
 from megatron_fipo.model.build import model_provider
-from megatron_fipo.model.cost import CostModel
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_folder import RunFolder
@@ -35,7 +35,7 @@ from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.settings import collect_settings, cost_model, loss_config
+from megatron_fipo.settings import collect_settings, loss_config, planner
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Session:
     stream: PromptStream
     collect: CollectSettings
     loss: FipoConfig
-    cost: CostModel
+    plan: Callable[[Sequence[int]], list[UpdatePlan]]
     eval_sets: tuple[EvaluationSet, ...]
     eval_sampling: SamplingParams
     answers: Answers
@@ -88,14 +88,16 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     writer = _open_writer(args, folder, state) if records else None
     stop = inputs.answers.stop_token_ids
     return Session(
-        policy=Policy(chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length),
+        policy=Policy(
+            chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
+        ),
         engine=EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0),
         replicas=replicas,
         state=state,
         stream=stream,
         collect=collect_settings(args, stop),
         loss=loss,
-        cost=cost_model(args),
+        plan=planner(args),
         eval_sets=inputs.eval_sets,
         eval_sampling=SamplingParams(args.rollout_max_tokens, 1.0, args.eval_top_p, stop),
         answers=inputs.answers,

@@ -20,7 +20,6 @@ from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
 from megatron_fipo.checkpoint import state as checkpoint
 from megatron_fipo.checkpoint.hf import save_hf
 from megatron_fipo.data.batches import make_micro_batches
-from megatron_fipo.data.planning import plan_step
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.inputs import read_inputs
@@ -46,13 +45,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         run.engine.sleep()
 
         advantage_S = group_advantage(rollout.reward_S, rollout.group_ids_S)
-        plan = plan_step(
-            rollout.packed_length_S.tolist(),
-            args.global_batch_size,
-            run.replicas.size,
-            args.max_tokens_per_microbatch,
-            cost=run.cost,
-        )
+        plan = run.plan(rollout.packed_length_S.tolist())
         updates = make_micro_batches(plan, rollout, advantage_S, run.loss, run.replicas)
 
         learning_rate = run.policy.advance_schedule(args.global_batch_size)
@@ -64,6 +57,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
                 results.append(run.policy.update(micro_batches, run.loss))
                 progress.advance()
 
+        run.policy.gather_weights()
         run.engine.wake()
         run.engine.update_weights(step)
         due = step % args.eval_interval == 0 or step == args.num_steps

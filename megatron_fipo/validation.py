@@ -24,7 +24,6 @@ _REFUSED = {
     "--tokenizer-type": "the tokenizer comes from --hf-model",
     "--tokenizer-model": "the tokenizer comes from --hf-model",
     "--fp16": "use --bf16, which needs no loss scaling",
-    "--sequence-parallel": "it is not supported yet; leave it out",
 }
 _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
@@ -172,9 +171,7 @@ def _check_batch(args: argparse.Namespace) -> None:
             f"and FIPO equal to DAPO; lower --global-batch-size to at most {samples // 2 // group * group} "
             f"or pass --allow-inactive-fipo"
         )
-    replicas = args.world_size // (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    )
+    replicas = args.world_size // model_parallel_size(args)
     if replicas and update % replicas:
         raise UserError(
             f"--global-batch-size {update} does not divide over {replicas} data-parallel replicas; "
@@ -203,19 +200,41 @@ def _check_algorithm(args: argparse.Namespace) -> None:
         )
 
 
+def model_parallel_size(args: argparse.Namespace) -> int:
+    """Ranks that hold one replica of the model."""
+    return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+
+
 def _check_parallel(args: argparse.Namespace) -> None:
-    for flag in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
-        if getattr(args, flag) != 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not supported yet; leave it at 1")
-    tensor = args.tensor_model_parallel_size
-    heads = args.num_attention_heads
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    heads, layers = args.num_attention_heads, args.num_layers
     if heads and heads % tensor:
         fits = [t for t in range(1, heads + 1) if heads % t == 0]
         raise UserError(
             f"--tensor-model-parallel-size {tensor} does not divide the model's {heads} attention heads; "
             f"use one of {fits}"
         )
-    if args.world_size % tensor:
+    if layers and pipeline > layers:
         raise UserError(
-            f"{args.world_size} ranks cannot hold --tensor-model-parallel-size {tensor}; start a multiple of it"
+            f"--pipeline-model-parallel-size {pipeline}: the model has only {layers} layers; use at most {layers}"
+        )
+    if args.sequence_parallel and tensor == 1:
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; leave it out")
+    size = model_parallel_size(args)
+    if args.world_size % size:
+        raise UserError(
+            f"{args.world_size} ranks cannot hold replicas of --tensor-model-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {args.context_parallel_size} = "
+            f"{size} ranks; start a multiple of {size}"
+        )
+    experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tensor) * pipeline
+    if args.num_experts and args.world_size % experts:
+        raise UserError(
+            f"{args.world_size} ranks cannot hold --expert-model-parallel-size {args.expert_model_parallel_size} x "
+            f"expert tensor parallel size x --pipeline-model-parallel-size {pipeline} = {experts} ranks; start a "
+            f"multiple of {experts}"
+        )
+    if not args.num_experts and args.expert_model_parallel_size > 1:
+        raise UserError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: the model has no experts; leave it out"
         )

@@ -33,7 +33,9 @@ def megatron(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def write_hf_model(folder: Path, family: str, *, tied: bool, vocab_size: int = 93, dtype=torch.float32, seed: int = 0):
+def write_hf_model(
+    folder: Path, family: str, *, tied: bool, vocab_size: int = 93, dtype=torch.float32, seed: int = 0, layers: int = 3
+):
     """Write a tiny random model of `family` ("qwen2" or "qwen3") with a tokenizer; return the transformers model."""
     import transformers
     from tokenizers import Tokenizer
@@ -45,7 +47,7 @@ def write_hf_model(folder: Path, family: str, *, tied: bool, vocab_size: int = 9
     }
     config_class, model_class, extra = classes[family]
     config = config_class(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+        hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
         vocab_size=vocab_size, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=0.1,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=1, eos_token_id=2, **extra,
     )  # fmt: skip

@@ -42,13 +42,17 @@ def policy_metrics(
 ) -> dict[str, float]:
     """Entropy, and the gap between the log-probs of engine and trainer, over all response tokens of the step.
 
+    ``micro_batches`` hold this rank's tokens; without old log-probs (pipeline stages before the last) they count for
+    nothing. Collective over all ranks.
+
     ``mismatch/kl`` is the k3 estimate of KL(engine || trainer). ``fipo/noise_gain`` is what the scan makes of
     independent noise on each log-prob; ``fipo/noise_budget`` the noise per token that would reach the clip edge.
     """
     gap = torch.cat([_engine_gap(batch) for batch in micro_batches])
     sums = torch.stack([entropy_sum, (gap.exp() - 1 - gap).sum(), gap.square().sum(), gap.new_tensor(gap.numel())])
-    entropy, kl, square, tokens = replicas.all_reduce(sums).tolist()
-    worst = replicas.all_reduce(gap.abs().max() if gap.numel() else gap.new_zeros(()), torch.distributed.ReduceOp.MAX)
+    entropy, kl, square, tokens = replicas.all_reduce_pieces(sums).tolist()
+    worst = torch.cat([gap.abs(), gap.new_zeros(1)]).max()
+    worst = replicas.all_reduce_pieces(worst, torch.distributed.ReduceOp.MAX)
     gain = 1 / math.sqrt(1 - 2 ** (-2 / loss.half_life))
     return {
         "actor/entropy": entropy / tokens,
@@ -62,7 +66,8 @@ def policy_metrics(
 
 def _engine_gap(batch: PackedBatch) -> Tensor:
     """log p of the trainer minus log p of the engine, fp64, of the response tokens."""
-    assert batch.old_logp_T is not None, "old log-probs come before metrics"
+    if batch.old_logp_T is None:
+        return torch.zeros(0, dtype=torch.float64, device=batch.rollout_logp_T.device)
     return (batch.old_logp_T - batch.rollout_logp_T)[batch.response_mask_T].double()
 
 

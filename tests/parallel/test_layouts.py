@@ -1,0 +1,145 @@
+"""The same rollout trained in every parallel layout: the same losses, gradient norms, metrics and weights.
+
+Three updates on one rollout, FIPO active in two of them, through train.main with the flags that a user gives.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_fipo.data.samples import Sample
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.replay import write_rollout
+from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout
+
+GROUPS, GROUP_SIZE, UPDATES, VOCAB = 6, 4, 3, 93
+TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+SP = "--sequence-parallel"
+FLAGS = f"""
+    --preset quickstart --num-steps 1 --grpo-prompts-per-step {GROUPS} --grpo-group-size {GROUP_SIZE}
+    --no-rollout-dynamic-sampling --global-batch-size {GROUPS * GROUP_SIZE // UPDATES} --rollout-max-tokens 60 --max-prompt-tokens 20
+    --max-tokens-per-microbatch 96 --lr 1e-3 --adam-eps 1e-6 --lr-warmup-iters 0 --fipo-half-life 8 --seed 1
+"""
+# name: ranks and flags. Every layout also cuts the updates into micro-batches of its own.
+DENSE = {
+    "one": (1, ""),
+    "TP2": (2, f"{TP} 2"),
+    "TP2 SP": (2, f"{TP} 2 {SP}"),
+    "PP2": (2, f"{PP} 2"),
+    "VPP2": (2, f"{PP} 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "CP2": (2, f"{CP} 2"),
+    "CP4": (4, f"{CP} 4"),
+    "DP2": (2, ""),
+    "DP2 overlap": (2, "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4096"),
+    "TP2 DP2": (4, f"{TP} 2 {SP}"),
+    "CP2 DP2": (4, f"{CP} 2"),
+    "TP2 CP2": (4, f"{TP} 2 {SP} {CP} 2"),
+    "PP2 CP2": (4, f"{PP} 2 {CP} 2"),
+    "PP2 DP2 overlap": (4, f"{PP} 2 --overlap-grad-reduce --overlap-param-gather"),
+    "recompute": (2, f"{CP} 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "one micro-batch": (1, "--max-tokens-per-microbatch 4096"),
+    "many micro-batches": (1, "--max-tokens-per-microbatch 1"),
+}
+
+
+def written_rollout(folder: Path) -> None:
+    """Random samples of very different lengths, with holes in the masks; engine log-probs that disagree a little."""
+    generator = np.random.default_rng(0)
+    groups, table = {}, torch.zeros(GROUPS, GROUP_SIZE, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
+    for g in range(GROUPS):
+        prompt = generator.integers(3, VOCAB, generator.integers(2, 20))
+        groups[g] = []
+        for i in range(GROUP_SIZE):
+            response = generator.integers(3, VOCAB, min(60, 1 + int(generator.lognormal(2.5, 1.0))))
+            tokens = np.concatenate([prompt, response]).astype(np.int32)
+            mask = np.arange(len(tokens)) >= len(prompt)
+            mask[len(prompt) + 2 : len(prompt) + 4] = len(response) < 8
+            correct = bool(generator.random() < 0.5) if i else g % 2 == 0
+            sample = Sample(
+                prompt_id=g, group_id=g, tokens=tokens, response_mask=mask,
+                rollout_logp=(generator.normal(-4.5, 0.3, len(tokens)) * mask).astype(np.float32),
+                finish_reason="stop", weight_versions=((0, 0, len(response)),),
+                reward=2.0 * correct - 1 + generator.normal(0, 0.1), correct=correct,
+            )  # fmt: skip
+            groups[g].append(sample)
+            table[g, i] = torch.tensor(GeneratedSamples.row(sample, False), dtype=torch.float64)
+    alone = dist.group.WORLD
+    replicas = Replicas(0, 1, alone, alone, (), torch.device("cpu"), leads=True)
+    write_rollout(str(folder), 1, Rollout.of(table, range(GROUPS), 0, groups, 1), replicas)
+
+
+def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -> dict[str, tuple[dict, dict]]:
+    """Train every layout; {name: (metrics of the step, exported weights)}."""
+    written_rollout(folder / "rollouts")
+    cases = {
+        name: {
+            "ranks": ranks,
+            "argv": [
+                *f"--hf-model {hf_dir} --train-from-rollouts {folder / 'rollouts'} --runs-dir {folder}".split(),
+                *("--run-name", name, "--save-hf", str(folder / name / "hf")),
+                *FLAGS.split(),
+                *flags.split(),
+            ],
+        }
+        for name, (ranks, flags) in layouts.items()
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    worker = Path(__file__).with_name("layout_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(worker)]
+    process = subprocess.run(
+        [*command, str(folder / "cases.json")], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    (folder / "stderr").write_text(process.stderr)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[:6000]
+    assert sorted(line.removeprefix("ran: ") for line in process.stdout.splitlines() if line.startswith("ran: ")) == (
+        sorted(layouts)
+    )
+    return {
+        name: (
+            json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1]),
+            load_file(folder / name / "hf" / "model.safetensors"),
+        )
+        for name in layouts
+    }
+
+
+def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str, tolerance: float = 1e-5) -> None:
+    metrics, weights = found
+    expected_metrics, expected_weights = expected
+    for update, reference in zip(
+        [metrics, *metrics["updates"]], [expected_metrics, *expected_metrics["updates"]], strict=True
+    ):
+        for key, value in reference.items():
+            if key.startswith(("actor/", "fipo/", "mismatch/")):
+                # Quantiles come from histograms: a value may fall into the neighbouring bin.
+                bin_width = 3e-3 if "_p" in key or "median" in key else 0.0
+                assert update[key] == pytest.approx(value, rel=tolerance + bin_width, abs=tolerance), (name, key)
+    for weight, value in expected_weights.items():
+        torch.testing.assert_close(weights[weight], value, rtol=0, atol=tolerance, msg=f"{name}: {weight}")
+
+
+@pytest.fixture(scope="module")
+def dense(megatron, hf_model, tmp_path_factory):
+    folder, _ = hf_model("qwen3", tied=False, layers=4)
+    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE)
+
+
+def test_fipo_is_active_in_the_reference(dense):
+    first, *later = dense["one"][0]["updates"]
+    assert first["fipo/active_fraction"] == 0
+    assert len(later) == 2 and all(update["fipo/active_fraction"] > 0.2 for update in later)
+    assert dense["one"][0]["actor/grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize("layout", DENSE)
+def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
+    check_equal(dense[layout], dense["one"], layout)

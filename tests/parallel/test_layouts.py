@@ -25,8 +25,9 @@ TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "
 SP = "--sequence-parallel"
 FLAGS = f"""
     --preset quickstart --num-steps 1 --grpo-prompts-per-step {GROUPS} --grpo-group-size {GROUP_SIZE}
-    --no-rollout-dynamic-sampling --global-batch-size {GROUPS * GROUP_SIZE // UPDATES} --rollout-max-tokens 60 --max-prompt-tokens 20
-    --max-tokens-per-microbatch 96 --lr 1e-3 --adam-eps 1e-6 --lr-warmup-iters 0 --fipo-half-life 8 --seed 1
+    --no-rollout-dynamic-sampling --global-batch-size {GROUPS * GROUP_SIZE // UPDATES} --rollout-max-tokens 60
+    --max-prompt-tokens 20 --max-tokens-per-microbatch 96 --lr 1e-3 --adam-eps 1e-6 --lr-warmup-iters 0
+    --fipo-half-life 8 --seed 1
 """
 # name: ranks and flags. Every layout also cuts the updates into micro-batches of its own.
 DENSE = {

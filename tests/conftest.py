@@ -52,7 +52,11 @@ def write_hf_model(
     classes = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 32}),
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"rope_parameters": llama3_rope}),
+        "llama": (
+            transformers.LlamaConfig,
+            transformers.LlamaForCausalLM,
+            {"rope_parameters": llama3_rope, "max_position_embeddings": 16384},
+        ),
         "qwen3_moe": (
             transformers.Qwen3MoeConfig,
             transformers.Qwen3MoeForCausalLM,

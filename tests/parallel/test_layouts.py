@@ -130,7 +130,7 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
 
 @pytest.fixture(scope="module")
 def dense(megatron, hf_model, tmp_path_factory):
-    folder, _ = hf_model("qwen3", tied=False, layers=4)
+    folder, _ = hf_model("qwen3", tied=False, num_hidden_layers=4)
     return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE)
 
 

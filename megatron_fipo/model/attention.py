@@ -38,7 +38,6 @@ class TorchAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert not (config.attention_dropout if attention_dropout is None else attention_dropout), "no dropout here"
-        assert config.context_parallel_size == 1, "context parallelism needs TransformerEngine's attention for now"
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(

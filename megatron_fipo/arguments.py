@@ -185,7 +185,7 @@ def _platform_defaults() -> dict[str, Any]:
         "override_opt_param_scheduler": True,  # a resumed run may be given more steps
     }
     if torch.cuda.is_available():
-        return defaults | {"bf16": True}
+        return defaults | {"bf16": True, "moe_grouped_gemm": True}
     return defaults | {
         "transformer_impl": "local",
         "distributed_backend": "gloo",

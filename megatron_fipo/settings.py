@@ -30,11 +30,16 @@ def loss_config(args: argparse.Namespace) -> FipoConfig:
 
 
 def cost_model(args: argparse.Namespace) -> CostModel:
-    """What a sequence costs on this architecture; dense models."""
+    """What a sequence costs on this architecture."""
+    ffn_hidden_size = args.ffn_hidden_size
+    if args.num_experts:
+        width_of_experts = args.moe_router_topk * args.moe_ffn_hidden_size
+        with_experts = 1.0 if args.moe_layer_freq == 1 else sum(args.moe_layer_freq) / args.num_layers
+        ffn_hidden_size = with_experts * width_of_experts + (1 - with_experts) * args.ffn_hidden_size
     return CostModel(
         layers=args.num_layers,
         hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
         heads=args.num_attention_heads,
         kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         head_dim=args.kv_channels,

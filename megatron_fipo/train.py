@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_fipo import compat
 from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
 from megatron_fipo.checkpoint import state as checkpoint
-from megatron_fipo.checkpoint.hf import save_hf
+from megatron_fipo.checkpoint.hf_write import save_hf
 from megatron_fipo.data.batches import make_micro_batches
 from megatron_fipo.data.planning import plan_step
 from megatron_fipo.errors import UserError

@@ -45,6 +45,9 @@ class _Stream:
 
     def wait_event(self, event: Any) -> None: ...
 
+    def record_event(self, event: Any = None) -> "_Stream":
+        return self  # of an event, Megatron asks for `synchronize` alone
+
     def synchronize(self) -> None: ...
 
 

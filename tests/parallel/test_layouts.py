@@ -50,6 +50,18 @@ DENSE = {
     "many micro-batches": (1, "--max-tokens-per-microbatch 1"),
 }
 
+EP, ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
+MOE = {
+    "one": (1, ""),
+    "EP2": (2, f"{EP} 2"),
+    "ETP2": (2, f"{TP} 2 {SP} {ETP} 2"),
+    "EP2 CP2": (2, f"{EP} 2 {CP} 2"),
+    "TP2 EP2": (2, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),
+    "EP2 DP4": (4, f"{EP} 2"),
+    "EP2 PP2": (4, f"{EP} 2 {PP} 2"),
+    "EP2 CP2 DP2": (4, f"{EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
+}
+
 
 def written_rollout(folder: Path) -> None:
     """Random samples of very different lengths, with holes in the masks; engine log-probs that disagree a little."""
@@ -134,6 +146,12 @@ def dense(megatron, hf_model, tmp_path_factory):
     return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE)
 
 
+@pytest.fixture(scope="module")
+def moe(megatron, hf_model, tmp_path_factory):
+    folder, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4)
+    return run_cases(tmp_path_factory.mktemp("moe"), folder, MOE)
+
+
 def test_fipo_is_active_in_the_reference(dense):
     first, *later = dense["one"][0]["updates"]
     assert first["fipo/active_fraction"] == 0
@@ -144,3 +162,8 @@ def test_fipo_is_active_in_the_reference(dense):
 @pytest.mark.parametrize("layout", DENSE)
 def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
     check_equal(dense[layout], dense["one"], layout)
+
+
+@pytest.mark.parametrize("layout", MOE)
+def test_a_mixture_of_experts_trains_alike_in_every_layout(layout, moe):
+    check_equal(moe[layout], moe["one"], layout)

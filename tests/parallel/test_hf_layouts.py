@@ -22,6 +22,6 @@ def test_every_layout_streams_the_folder_and_computes_what_one_process_does(hf_m
     tests = Path(__file__).parents[1]
     path = os.pathsep.join(map(str, (tests.parent, tests, tests / "unit")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": path}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert process.returncode == 0, process.stderr[-6000:]
     assert process.stdout.count("agrees: ") == CASES, process.stdout

@@ -1,6 +1,6 @@
 """The embedded engine in several layouts against the engine of a single process, token for token.
 
-    torchrun --nproc-per-node 4 tests/parallel/embedded_layouts_worker.py QWEN2_TIED_DIR QWEN3_DIR
+    torchrun --nproc-per-node 4 tests/parallel/embedded_layouts_worker.py QWEN2_TIED_DIR QWEN3_DIR QWEN3_MOE_DIR
 
 with tests/ on PYTHONPATH. Prints one line for each case that agrees; the first that does not raises.
 """
@@ -25,6 +25,7 @@ from megatron_fipo.rollout.engine import SamplingParams
 
 VOCAB, MAX_BATCH = 93, 5
 TP2, CP2, PP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "context", "pipeline-model"))
+EP2 = "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
 UNEVEN = "--decoder-first-pipeline-num-layers 2"  # the models have three layers
 FOUR_CHUNKS = "--pipeline-model-parallel-layout Et|t|t|L"  # the last one holds no layer
 LAYOUTS = {
@@ -40,6 +41,12 @@ LAYOUTS = {
     "TP2 SP PP2 VPP2": ("qwen3", f"{TP2} --sequence-parallel {PP2} {FOUR_CHUNKS}"),
     "PP2 CP2": ("qwen3", f"{PP2} {UNEVEN} {CP2}"),
     "TP2 SP CP2": ("qwen3", f"{TP2} --sequence-parallel {CP2}"),
+    "EP2": ("qwen3_moe", EP2),
+    "EP4": ("qwen3_moe", "--expert-model-parallel-size 4 --moe-token-dispatcher-type alltoall"),
+    "PP2 EP2": ("qwen3_moe", f"{PP2} {UNEVEN} {EP2}"),
+    "CP2 EP4": ("qwen3_moe", f"{CP2} --expert-model-parallel-size 4 --moe-token-dispatcher-type alltoall"),
+    "TP2 SP ETP1 EP2": ("qwen3_moe", f"{TP2} --sequence-parallel {EP2} --expert-tensor-parallel-size 1"),
+    "TP2 SP ETP2 EP2": ("qwen3_moe", f"{TP2} --sequence-parallel {EP2} --expert-tensor-parallel-size 2"),
 }
 
 
@@ -148,11 +155,11 @@ def main():
     compat.install()
     logging.getLogger("megatron").setLevel(logging.WARNING)
     dist.init_process_group("gloo")
-    folders = dict(zip(("qwen2", "qwen3"), sys.argv[1:], strict=True))
-    with parallel(folders["qwen3"], ""):
+    folders = dict(zip(("qwen2", "qwen3", "qwen3_moe"), sys.argv[1:], strict=True))
+    with parallel(folders["qwen3_moe"], ""):
         expected = {model: reference(folder) for model, folder in folders.items()}
     for layout, (models, flags) in LAYOUTS.items():
-        with parallel(folders["qwen3"], flags):
+        with parallel(folders["qwen3_moe"], flags):
             for model in models.split():
                 try:
                     check_layout(folders[model], flags, expected[model])

@@ -1,23 +1,29 @@
 """The embedded engine in several layouts against the engine of a single process, token for token.
 
-    torchrun --nproc-per-node 4 tests/parallel/embedded_layouts_worker.py QWEN2_TIED_DIR QWEN3_DIR
+    torchrun --nproc-per-node 4 tests/parallel/embedded_layouts_worker.py QWEN2_TIED_DIR QWEN3_DIR QWEN3_MOE_DIR
 
 with tests/ on PYTHONPATH. Prints one line for each case that agrees; the first that does not raises.
 """
 
 import contextlib
 import io
+import itertools
 import logging
 import sys
+from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from conftest import LOCAL_FLAGS
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_fipo import compat
 from megatron_fipo.checkpoint.hf import load_hf_weights
+from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.hf_config import megatron_arguments
 from megatron_fipo.rollout.embedded import EmbeddedEngine
@@ -25,6 +31,7 @@ from megatron_fipo.rollout.engine import SamplingParams
 
 VOCAB, MAX_BATCH = 93, 5
 TP2, CP2, PP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "context", "pipeline-model"))
+EP2 = "--expert-model-parallel-size 2"
 UNEVEN = "--decoder-first-pipeline-num-layers 2"  # the models have three layers
 FOUR_CHUNKS = "--pipeline-model-parallel-layout Et|t|t|L"  # the last one holds no layer
 LAYOUTS = {
@@ -40,6 +47,12 @@ LAYOUTS = {
     "TP2 SP PP2 VPP2": ("qwen3", f"{TP2} --sequence-parallel {PP2} {FOUR_CHUNKS}"),
     "PP2 CP2": ("qwen3", f"{PP2} {UNEVEN} {CP2}"),
     "TP2 SP CP2": ("qwen3", f"{TP2} --sequence-parallel {CP2}"),
+    "EP2": ("qwen3_moe", EP2),
+    "EP4": ("qwen3_moe", "--expert-model-parallel-size 4"),
+    "PP2 EP2": ("qwen3_moe", f"{PP2} {UNEVEN} {EP2}"),
+    "CP2 EP4": ("qwen3_moe", f"{CP2} --expert-model-parallel-size 4"),
+    "TP2 SP ETP1 EP2": ("qwen3_moe", f"{TP2} --sequence-parallel {EP2} --expert-tensor-parallel-size 1"),
+    "TP2 SP ETP2 EP2": ("qwen3_moe", f"{TP2} --sequence-parallel {EP2} --expert-tensor-parallel-size 2"),
 }
 
 
@@ -104,12 +117,11 @@ SAMPLINGS = {
 
 
 def generate_all(engine: EmbeddedEngine, replica: int, replicas: int):
-    """What a replica generates of its share, in both ways; then one prompt on the last replica, none on the others."""
+    """One prompt on the last replica and none on the others; then what a replica generates of its share, both ways."""
     prompts, seeds = requests()
-    mine = slice(replica, None, replicas)
-    done = {name: engine.generate(prompts[mine], seeds[mine], sampling) for name, sampling in SAMPLINGS.items()}
-    few = slice(0, 1 if replica == replicas - 1 else 0)
-    return done | {"one prompt": engine.generate(prompts[few], seeds[few], SAMPLINGS["sampled, stops"])}
+    few, mine = slice(0, 1 if replica == replicas - 1 else 0), slice(replica, None, replicas)
+    done = {"one prompt": engine.generate(prompts[few], seeds[few], SAMPLINGS["sampled, stops"])}
+    return done | {name: engine.generate(prompts[mine], seeds[mine], how) for name, how in SAMPLINGS.items()}
 
 
 def check_layout(hf_dir: str, flags: str, expected):
@@ -144,23 +156,66 @@ def reference(hf_dir: str):
     return done
 
 
+def check_overlapped_gather(hf_dir: str):
+    """After an update the engine has all weights, also where no forward pass would fetch them."""
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    found = []
+    for overlap in (False, True):
+        model = build(hf_dir)[0]
+        settings = DistributedDataParallelConfig(
+            bucket_size=4096, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=overlap
+        )
+        chunk = DistributedDataParallel(model.config, settings, model)
+        settings = OptimizerConfig(lr=1e-2, use_distributed_optimizer=True, overlap_param_gather=overlap)
+        optimizer = get_megatron_optimizer(settings, [chunk])
+        engine = EmbeddedEngine([chunk], VOCAB, MAX_BATCH, pad_id=0)
+        found.append(generate_all(engine, replica, replicas))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+        assert optimizer.step()[0]
+        engine.update_weights(1)
+        found.append(generate_all(engine, replica, replicas))
+        if overlap:
+            chunk.disable_forward_pre_hook()
+    before, after, before_overlapped, after_overlapped = found
+    assert before == before_overlapped and after == after_overlapped and before["greedy"] != after["greedy"]
+
+
+def check_refusals(hf_dir: str):
+    """Gathered tokens would have to be equally many on all expert-parallel ranks."""
+    try:
+        EmbeddedEngine(build(hf_dir, f"{EP2} --moe-token-dispatcher-type allgather"), VOCAB, MAX_BATCH, pad_id=0)
+    except UserError as error:
+        assert "alltoall" in str(error)
+    else:
+        raise AssertionError("was not refused")
+
+
 def main():
     compat.install()
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    dist.init_process_group("gloo")
-    folders = dict(zip(("qwen2", "qwen3"), sys.argv[1:], strict=True))
-    with parallel(folders["qwen3"], ""):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    folders = dict(zip(("qwen2", "qwen3", "qwen3_moe"), sys.argv[1:], strict=True))
+    with parallel(folders["qwen3_moe"], ""):
         expected = {model: reference(folder) for model, folder in folders.items()}
-    for layout, (models, flags) in LAYOUTS.items():
-        with parallel(folders["qwen3"], flags):
-            for model in models.split():
+    cases = [
+        (f"{layout} {model}", flags, partial(check_layout, folders[model], flags, expected[model]))
+        for layout, (models, flags) in LAYOUTS.items()
+        for model in models.split()
+    ]
+    cases.append(("overlapped parameter gather", "", partial(check_overlapped_gather, folders["qwen3"])))
+    cases.append(("refusal", EP2, partial(check_refusals, folders["qwen3_moe"])))
+    for flags, group in itertools.groupby(cases, key=lambda case: case[1]):
+        with parallel(folders["qwen3_moe"], flags):
+            for name, _, check in group:
                 try:
-                    check_layout(folders[model], flags, expected[model])
+                    check()
                 except Exception as error:
-                    error.add_note(f"layout {layout}, model {model}, rank {dist.get_rank()}")
+                    error.add_note(f"case {name}, rank {dist.get_rank()}")
                     raise
                 if dist.get_rank() == 0:
-                    print(f"agrees: {layout} {model}", flush=True)
+                    print(f"agrees: {name}", flush=True)
     dist.destroy_process_group()
 
 

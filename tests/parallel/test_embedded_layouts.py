@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = 18
+CASES = 26
 
 
 def test_every_layout_generates_what_one_process_does(hf_model):
-    folders = [hf_model("qwen2", tied=True)[0], hf_model("qwen3", tied=False)[0]]
+    folders = [hf_model(family, tied=family == "qwen2")[0] for family in ("qwen2", "qwen3", "qwen3_moe")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += [str(Path(__file__).with_name("embedded_layouts_worker.py")), *map(str, folders)]
     tests = Path(__file__).parents[1]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_fipo.model.generation import GenerationModel
@@ -39,14 +38,8 @@ class EmbeddedEngine:
             UserError: the model is built in a way that cannot generate, see GenerationModel.
         """
         self._model = GenerationModel(model_chunks, vocab_size)
-        self._late_weights = [
-            chunk
-            for chunk in model_chunks
-            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather
-        ]
         self._max_batch = max_batch
         self._pad_id = pad_id
-        self.update_weights(0)
 
     @torch.no_grad()
     def generate(
@@ -83,12 +76,7 @@ class EmbeddedEngine:
         return [completions[i] for i in range(len(prompts))]
 
     def update_weights(self, version: int) -> None:
-        """The weights are the trainer's. With ``--overlap-param-gather`` fetch what other ranks have updated.
-
-        Megatron would fetch it in the first forward pass; a replica without a prompt runs none. Collective.
-        """
-        for chunk in self._late_weights:
-            chunk.start_param_sync(force_sync=True)
+        """Nothing to do: the weights are the trainer's."""
 
     def sleep(self) -> None:
         """Nothing to do: caches live only inside `generate`."""

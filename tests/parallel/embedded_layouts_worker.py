@@ -26,6 +26,7 @@ from megatron_fipo.checkpoint.hf import load_hf_weights
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.hf_config import megatron_arguments
+from megatron_fipo.model.policy import Policy
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
 
@@ -61,7 +62,7 @@ def parse(hf_dir: str, flags: str):
         parser.set_defaults(**megatron_arguments(hf_dir))
         return parser
 
-    sys.argv = ["test", *LOCAL_FLAGS.split(), *flags.split()]
+    sys.argv = ["test", *LOCAL_FLAGS.split(), "--moe-token-dispatcher-type", "alltoall", *flags.split()]
     with contextlib.redirect_stdout(io.StringIO()):
         args = parse_args(defaults)
         args.padded_vocab_size = 96
@@ -157,7 +158,7 @@ def reference(hf_dir: str):
 
 
 def check_overlapped_gather(hf_dir: str):
-    """After an update the engine has all weights, also where no forward pass would fetch them."""
+    """After an update rollouts see all new weights, also where no forward pass would fetch them."""
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     found = []
     for overlap in (False, True):
@@ -168,13 +169,14 @@ def check_overlapped_gather(hf_dir: str):
         chunk = DistributedDataParallel(model.config, settings, model)
         settings = OptimizerConfig(lr=1e-2, use_distributed_optimizer=True, overlap_param_gather=overlap)
         optimizer = get_megatron_optimizer(settings, [chunk])
+        policy = Policy([chunk], optimizer, None, VOCAB, 1.0, 128, parallel_state.get_context_parallel_group())
         engine = EmbeddedEngine([chunk], VOCAB, MAX_BATCH, pad_id=0)
         found.append(generate_all(engine, replica, replicas))
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
         assert optimizer.step()[0]
-        engine.update_weights(1)
+        policy.gather_weights()
         found.append(generate_all(engine, replica, replicas))
         if overlap:
             chunk.disable_forward_pre_hook()

@@ -17,6 +17,7 @@ from megatron_fipo.rollout.sampling import sample
 
 # Finished rows leave the batch once they are this share of it: moving the cache costs less than a decoding step.
 COMPACT_SHARE = 1 / 16
+POLL_TOKENS = 32
 
 
 class EmbeddedEngine:
@@ -58,6 +59,7 @@ class EmbeddedEngine:
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
+        poll: Callable[[], None] = lambda: None,
     ) -> list[Completion]:
         """Return one completion for each (prompt, seed), in order; see RolloutEngine."""
         # Waves of about equal size; sorted, they hold prompts of similar length, and equal prompts side by side.
@@ -70,7 +72,8 @@ class EmbeddedEngine:
             for start in range(0, len(order), wave_size):
                 wave = order[start : start + wave_size]
                 texts = [tuple(prompts[i]) for i in wave]
-                done = self._generate_wave(texts, [seeds[i] for i in wave], sampling, on_finished or (lambda n: None))
+                own_seeds = [seeds[i] for i in wave]
+                done = self._generate_wave(texts, own_seeds, sampling, on_finished or (lambda n: None), poll)
                 completions.update(zip(wave, done, strict=True))
         finally:
             self._model.train(was_training)
@@ -94,6 +97,7 @@ class EmbeddedEngine:
         seeds: list[int],
         sampling: SamplingParams,
         on_finished: Callable[[int], None],
+        poll: Callable[[], None],
     ) -> list[Completion]:
         rows, logits_BV = self._prefill(prompts, seeds, sampling.max_tokens)
         device = logits_BV.device
@@ -102,6 +106,8 @@ class EmbeddedEngine:
         logp_BN = torch.zeros(len(prompts), sampling.max_tokens, device=device)
         alive = len(prompts)
         for n in range(sampling.max_tokens):
+            if n % POLL_TOKENS == 0:
+                poll()
             token_B, logp_B = sample(logits_BV, rows.seed_B, n, sampling)
             token_BN[rows.output_B, n] = token_B
             logp_BN[rows.output_B, n] = logp_B

@@ -35,7 +35,21 @@ class Completion:
     finish_reason: str
 
 
-class RolloutEngine(Protocol):
+class Generates(Protocol):
+    """The part of an engine that a rollout is collected with."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: SamplingParams,
+        on_finished: ProgressCallback | None = None,
+    ) -> list[Completion]:
+        """As :meth:`RolloutEngine.generate`."""
+        ...
+
+
+class RolloutEngine(Generates, Protocol):
     """Generates completions with the policy's current weights.
 
     A completion depends on the weights, its prompt and its seed only, never on the rows that share its batch
@@ -48,8 +62,13 @@ class RolloutEngine(Protocol):
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
+        poll: Callable[[], None] = lambda: None,
     ) -> list[Completion]:
-        """Return one completion for each (prompt, seed), in order. Seeds are 63-bit integers."""
+        """Return one completion for each (prompt, seed), in order. Seeds are 63-bit integers.
+
+        ``poll`` is called every few dozen tokens, by ranks that generate in step at the same points. It may raise, on
+        all of them, to give the generation up; the engine can be used again afterwards.
+        """
         ...
 
     def update_weights(self, version: int) -> None:

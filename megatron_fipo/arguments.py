@@ -11,14 +11,18 @@ import os
 import re
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.training import arguments as megatron_arguments
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_fipo.checkpoint.start import find_start
+from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
+from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
 from megatron_fipo.validation import check, check_command_line, model_parallel_size
 
@@ -150,6 +154,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.dry_run:  # as if started on enough ranks for one replica
         args.world_size = max(args.world_size, model_parallel_size(args))
+    args.command_line = list(argv)
     check(args)
     _derive(args)
     if args.hf_model:
@@ -203,9 +208,28 @@ def _derive(args: argparse.Namespace) -> None:
     args.lr_decay_iters = args.lr_decay_iters or max(args.num_steps, args.lr_warmup_iters + 1)
     args.seq_length = args.max_prompt_tokens + args.rollout_max_tokens
     args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
-    args.load_run, args.load = args.load, None  # we load after the model is built, see checkpoint/state.py
+    _find_start(args)
+    args.load = None  # we load after the model is built, see checkpoint/state.py
     if args.save_interval:
-        args.save = os.path.join(args.runs_dir, args.run_name, "checkpoints")
+        args.save = str(RunFolder(Path(args.runs_dir), args.run_name).checkpoints)
+
+
+def _find_start(args: argparse.Namespace) -> None:
+    run = RunFolder(Path(args.runs_dir), args.run_name)
+    if args.dry_run or args.rollout_only:  # the run's folder is not touched
+        if args.load:
+            check_loadable(args.load, finetune=args.finetune)
+        args.load_run, args.start_note = args.load, None
+        return
+    start = find_start(
+        run,
+        args.load,
+        finetune=args.finetune,
+        command_line=args.command_line,
+        num_steps=args.num_steps,
+        saves=bool(args.save_interval),
+    )
+    args.load_run, args.finetune, args.start_note = start.load, start.weights_only, start.note
 
 
 def _validate_megatron(args: argparse.Namespace) -> None:
@@ -215,7 +239,10 @@ def _validate_megatron(args: argparse.Namespace) -> None:
             args.padded_vocab_size = calculate_padded_vocab_size(
                 args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             )
+            # It accepts --async-save with a persistent worker only, which knows nothing of the patches in compat.
+            async_save, args.async_save = args.async_save, False
             megatron_arguments.validate_args(args)
+            args.async_save, args.async_strategy = async_save, "mcore"
             args.variable_seq_lengths = True  # packs differ in length; validate_args resets it
         except AssertionError as error:
             failed = traceback.extract_tb(error.__traceback__)[-1].line

@@ -5,9 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
-from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.settings import loss_config
 
 _REFUSED = {
@@ -18,7 +16,11 @@ _REFUSED = {
     "--micro-batch-size": "micro-batches are packs; use --max-tokens-per-microbatch",
     "--seq-length": "it follows from --max-prompt-tokens and --rollout-max-tokens",
     "--save": "checkpoints go to RUNS_DIR/RUN_NAME/checkpoints; use --runs-dir and --run-name",
-    "--async-save": "checkpoints are written synchronously; leave it out",
+    "--save-retain-interval": "use --keep-last",
+    "--async-strategy": "--async-save forks one writer per rank; leave it out",
+    "--use-persistent-ckpt-worker": "--async-save forks one writer per rank; leave it out",
+    "--ckpt-format": "checkpoints are torch_dist; leave it out",
+    "--verify-integrity": "checkpoints are always verified; leave it out",
     "--ckpt-step": "--load takes the newest whole checkpoint; remove newer ones to go further back",
     "--pretrained-checkpoint": "use --load DIR --finetune",
     "--tokenizer-type": "the tokenizer comes from --hf-model",
@@ -27,7 +29,8 @@ _REFUSED = {
 }
 _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
-    "--exit-": "a run ends after --num-steps",
+    "--exit-": "a run ends after --num-steps, and on SIGTERM or SIGUSR1 with all it has",
+    "--non-persistent-": "use --save-interval and --keep-last",
     "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
@@ -92,7 +95,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--prompt-data is missing: give at least one JSONL file of prompts")
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
-    _check_run_folder(args)
     _check_save_hf(args)
 
 
@@ -123,19 +125,6 @@ def _check_rollout_folders(args: argparse.Namespace) -> None:
         )
     if args.rollout_only and any(Path(args.rollout_only).glob("step_*[0-9]")):
         raise UserError(f"--rollout-only {args.rollout_only} already holds rollouts; give a new folder")
-
-
-def _check_run_folder(args: argparse.Namespace) -> None:
-    """A run's records and checkpoints are never started over, and only its own checkpoints continue it."""
-    run = RunFolder(Path(args.runs_dir), args.run_name)
-    if args.load:
-        check_loadable(args.load, finetune=args.finetune)
-    continues = args.load and not args.finetune and Path(args.load).resolve() == run.checkpoints.resolve()
-    if (run.metrics.exists() or run.checkpoints.exists()) and not (continues or args.dry_run or args.rollout_only):
-        raise UserError(
-            f"{run.path} already holds a run; continue it with --load {run.checkpoints}, choose another --run-name, "
-            f"or remove the folder"
-        )
 
 
 def _check_save_hf(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from megatron_fipo.rollout.sampling import sample
 
 # Finished rows leave the batch once they are this share of it: moving the cache costs less than a decoding step.
 COMPACT_SHARE = 1 / 16
+POLL_TOKENS = 32
 
 
 class EmbeddedEngine:
@@ -48,6 +49,7 @@ class EmbeddedEngine:
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
         """Return one completion for each (prompt, seed), in order; see RolloutEngine.
 
@@ -62,16 +64,22 @@ class EmbeddedEngine:
         with self._model.generating():
             for number in range(waves):
                 wave = _part(share, number, waves)
-                done += self._generate_wave(
+                completed = self._generate_wave(
                     [tuple(prompts[i]) for i in wave],
                     [seeds[i] for i in wave],
                     sampling,
                     lambda n: on_finished(n * context.size()) if on_finished else None,
+                    given_up,
                 )
+                if completed is None:
+                    break
+                done += completed
         if context.size() > 1:
             shares: list[list[Completion]] = [[] for _ in range(context.size())]
             dist.all_gather_object(shares, done, group=context)
             done = [completion for share in shares for completion in share]
+        if len(done) < len(order):
+            return []
         completions = dict(zip(order, done, strict=True))
         return [completions[i] for i in range(len(prompts))]
 
@@ -93,8 +101,12 @@ class EmbeddedEngine:
         seeds: list[int],
         sampling: SamplingParams,
         on_finished: Callable[[int], None],
-    ) -> list[Completion]:
-        """Complete `prompts` together; without any, run the passes that the other ranks of the experts wait for."""
+        given_up: Callable[[], bool],
+    ) -> list[Completion] | None:
+        """Complete `prompts` together; without any, run the passes that the other ranks of the experts wait for.
+
+        None: given up.
+        """
         alive = len(prompts)
         if not alive:
             prompts, seeds = [(self._pad_id,)], [0]
@@ -107,6 +119,8 @@ class EmbeddedEngine:
         logp_BN = torch.zeros(len(prompts), sampling.max_tokens, device=device)
         count = alive
         for n in range(sampling.max_tokens):
+            if n % POLL_TOKENS == 0 and given_up():
+                return None
             token_B = torch.empty_like(rows.seed_B)
             if logits_BV is not None:  # on the last stage
                 token_B, logp_BN[rows.output_B, n] = sample(logits_BV, rows.seed_B, n, sampling)

@@ -30,21 +30,20 @@ from megatron_fipo.model.policy import Policy
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
 
-VOCAB, MAX_BATCH = 93, 5
+VOCAB, MAX_BATCH = 93, 4
 TP2, CP2, PP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "context", "pipeline-model"))
 EP2 = "--expert-model-parallel-size 2"
 UNEVEN = "--decoder-first-pipeline-num-layers 2"  # the models have three layers
 FOUR_CHUNKS = "--pipeline-model-parallel-layout Et|t|t|L"  # the last one holds no layer
 LAYOUTS = {
-    "TP2": ("qwen3", TP2),
     "TP2 SP": ("qwen2 qwen3", f"{TP2} --sequence-parallel"),
     "TP4 SP": ("qwen3", "--tensor-model-parallel-size 4 --sequence-parallel"),  # more ranks than key/value heads
     "PP2": ("qwen2 qwen3", f"{PP2} {UNEVEN}"),
-    "PP4": ("qwen2 qwen3", f"--pipeline-model-parallel-size 4 {FOUR_CHUNKS}"),
+    "PP4": ("qwen2", f"--pipeline-model-parallel-size 4 {FOUR_CHUNKS}"),
     "PP2 VPP2": ("qwen2 qwen3", f"{PP2} {FOUR_CHUNKS}"),
-    "CP2": ("qwen2 qwen3", CP2),
+    "CP2": ("qwen2", CP2),
     "CP4": ("qwen3", "--context-parallel-size 4"),
-    "TP2 SP PP2": ("qwen2 qwen3", f"{TP2} --sequence-parallel {PP2} {UNEVEN}"),
+    "TP2 SP PP2": ("qwen2", f"{TP2} --sequence-parallel {PP2} {UNEVEN}"),
     "TP2 SP PP2 VPP2": ("qwen3", f"{TP2} --sequence-parallel {PP2} {FOUR_CHUNKS}"),
     "PP2 CP2": ("qwen3", f"{PP2} {UNEVEN} {CP2}"),
     "TP2 SP CP2": ("qwen3", f"{TP2} --sequence-parallel {CP2}"),
@@ -106,14 +105,14 @@ def build(hf_dir: str, flags: str = ""):
 def requests():
     """Ragged prompts, some of them repeated, and their seeds."""
     generator = torch.Generator().manual_seed(0)
-    distinct = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 1, 17, 9, 30, 2, 12)]
+    distinct = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 1, 17, 30, 2)]
     prompts = [prompt for prompt in distinct for _ in range(2)]
     return prompts, [11 * i + 5 for i in range(len(prompts))]
 
 
 SAMPLINGS = {
-    "greedy": SamplingParams(16, temperature=0.0),
-    "sampled, stops": SamplingParams(16, temperature=0.9, top_p=0.95, stop_token_ids=tuple(range(3, 9))),
+    "greedy": SamplingParams(12, temperature=0.0),
+    "sampled, stops": SamplingParams(12, temperature=0.9, top_p=0.95, stop_token_ids=tuple(range(3, 9))),
 }
 
 
@@ -153,7 +152,7 @@ def settings(module: torch.nn.Module):
 def reference(hf_dir: str):
     done = generate_all(EmbeddedEngine(build(hf_dir), VOCAB, 64, pad_id=0), 0, 1)
     stopped = done["sampled, stops"]
-    assert {c.finish_reason for c in stopped} == {"stop", "length"} and len({len(c.tokens) for c in stopped}) > 5
+    assert {c.finish_reason for c in stopped} == {"stop", "length"} and len({len(c.tokens) for c in stopped}) > 3
     return done
 
 

@@ -75,11 +75,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     if args.start_note:
         console.note(args.start_note)
     with _megatron_log(folder.path / "megatron.log" if first else Path(os.devnull)):
-        set_global_variables(args, build_tokenizer=False)
-        initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
-        chunks, optimizer, scheduler = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, model_provider(args)
-        )
+        chunks, optimizer, scheduler = start_megatron(args)
         checkpoints = Checkpoints(folder.checkpoints, args, chunks, optimizer, scheduler, args.keep_last, console.note)
         state = _load(args, stream, checkpoints, chunks, optimizer)
     stream.cursor = state.prompt_cursor
@@ -109,6 +105,13 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         timer=timer,
         recorder=Recorder(folder, writer, console, timer, replicas, loss),
     )
+
+
+def start_megatron(args: argparse.Namespace) -> tuple[list[Any], Any, Any]:
+    """Process groups, and the model with random weights: its chunks, optimizer and schedule."""
+    set_global_variables(args, build_tokenizer=False)
+    initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
+    return training.setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider(args))
 
 
 def _load(

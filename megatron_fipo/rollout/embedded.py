@@ -30,7 +30,7 @@ class EmbeddedEngine:
     def __init__(self, model_chunks: Sequence[torch.nn.Module], vocab_size: int, max_batch: int, pad_id: int) -> None:
         """
         Args:
-            model_chunks: what Megatron's set-up returned (wrapped or not), with their weights. Collective.
+            model_chunks: what Megatron's set-up returned, wrapped or not.
             vocab_size: real vocabulary; the padded rows behind it are never sampled.
             max_batch: rows that generate together.
             pad_id: fills short prompts; any valid token.

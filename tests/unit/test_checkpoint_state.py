@@ -143,13 +143,16 @@ def test_sigkill_at_every_write_and_rename_leaves_the_newest_whole(
     """The save of step 4 dies at each of its points in turn; afterwards step 3 loads, or 4 once it is visible."""
     shutil.rmtree(saved / "iter_0000001")
     copies = tmp_path_factory.mktemp("killed")
-    loaded, died, point = [], [], 0
+    loaded: list[int] = []
+    died: list[bool] = []
     while not died or died[-1]:
         batch = []
-        for point in (point + 1, point + 2):
+        for point in (len(died) + 1, len(died) + 2):
             folder = copies / str(point)
             shutil.copytree(saved, folder)
-            process = warm_processes.Process(target=checkpoint_trainer.save_and_die, args=(trained_base, folder, 4, point))
+            process = warm_processes.Process(
+                target=checkpoint_trainer.save_and_die, args=(trained_base, folder, 4, point)
+            )
             process.start()
             batch.append((process, folder))
         for process, folder in batch:

@@ -1,4 +1,4 @@
-"""The scripts that start big runs: their numbers by --dry-run, their shell by shellcheck, the Slurm job by its signals."""
+"""The scripts that start big runs: numbers by --dry-run, shell by shellcheck, the Slurm job by its signals."""
 
 import json
 import os
@@ -184,7 +184,8 @@ def test_what_is_missing_is_named_in_one_line(name, folder):
 def test_shellcheck_has_nothing_to_say():
     files = [*SCRIPTS, *EXAMPLES.glob("*/*.sh"), *EXAMPLES.glob("*/*.sbatch"), *ROOT.glob("tools/*.sh")]
     assert len(files) >= 6
-    shellcheck = Path(sys.executable).parent / "shellcheck"
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "requirements/dev.txt brings it: make env"
     checked = subprocess.run([shellcheck, "--external-sources", *files], cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
@@ -207,13 +208,14 @@ SLURM = {
 }
 
 
-def start_job(folder: Path, recipe: str) -> subprocess.Popen:
+def start_job(folder: Path, recipe: str, **variables: str) -> subprocess.Popen:
     """train.sbatch with stand-ins for Slurm's two commands, which run the one task here."""
     for name, body in {**SLURM, "recipe": recipe}.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "40123", "SLURM_JOB_NUM_NODES": "2"}
     environment |= {"SLURM_JOB_NODELIST": "node[7-8]", "HF_MODEL": "/m/q", "PROMPT_DATA": "/d/p.jsonl"}
+    environment |= variables
     return subprocess.Popen(
         ["bash", str(SBATCH), "recipe", "--seed", "5"],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -226,6 +228,14 @@ def test_a_job_that_ends_by_itself_is_not_started_again(tmp_path):
     assert job.returncode == 7 and out == "1 of 2 at node7:20123, flags --seed 5\n"
     assert not (tmp_path / "scontrol.log").exists()
     assert "--container" not in (tmp_path / "srun.log").read_text()
+
+
+def test_a_job_in_a_container_sees_model_data_and_runs(tmp_path):
+    job = start_job(tmp_path, 'echo "$RUNS_DIR"', CONTAINER_IMAGE="/images/a.sqsh")
+    out, _ = job.communicate(timeout=30)
+    assert job.returncode == 0 and out == f"{tmp_path}/runs\n"
+    options = (tmp_path / "srun.log").read_text().splitlines()
+    assert "--container-image=/images/a.sqsh" in options and f"--container-mounts={tmp_path},/m,/d" in options
 
 
 def test_a_job_out_of_time_saves_and_goes_back_to_the_queue(tmp_path):

@@ -12,13 +12,14 @@ class Fleet:
     """A server generates only while it is admitted, and it is admitted to one version of the weights only.
 
     `begin_update` withdraws every admission; whoever publishes the weights admits each server that holds all of them.
-    A condemned server is left alone until `pardon`, after which it still needs a complete update to be admitted.
+    A condemned server (``condemned`` has the reasons) is left alone until `pardon`, after which it still needs a
+    complete update to be admitted.
     """
 
     def __init__(self, servers: Sequence[Server]):
         self.servers = tuple(servers)
         self.version: int | None = None
-        self._condemned: dict[Server, str] = {}
+        self.condemned: dict[Server, str] = {}
         self._admitted: set[Server] = set()
 
     def begin_update(self, version: int) -> None:
@@ -30,27 +31,27 @@ class Fleet:
         """``server`` holds the present version, whole."""
         if self.version is None:
             raise ValueError("no version to admit to: begin_update comes first")
-        if server in self._condemned:
-            raise ValueError(f"{server} is condemned ({self._condemned[server]}): pardon and update it first")
+        if server in self.condemned:
+            raise ValueError(f"{server} is condemned ({self.condemned[server]}): pardon and update it first")
         self._admitted.add(server)
 
     def condemn(self, server: Server, reason: str) -> None:
         """Use ``server`` no more; the first reason is kept."""
         self._admitted.discard(server)
-        if server not in self._condemned:
-            self._condemned[server] = reason
+        if server not in self.condemned:
+            self.condemned[server] = reason
             log.error("%s condemned: %s", server, reason)
 
     def pardon(self, server: Server) -> None:
         """Let ``server`` take part in the next update; it answers again, or it is a new process."""
         if server in self._admitted:
             return
-        if self._condemned.pop(server, None):
+        if self.condemned.pop(server, None):
             log.warning("%s is back, to generate after the next complete weight update", server)
 
     def healthy(self) -> list[Server]:
         """Servers that are not condemned: those to publish weights to."""
-        return [server for server in self.servers if server not in self._condemned]
+        return [server for server in self.servers if server not in self.condemned]
 
     def serving(self) -> list[Server]:
         """Admitted servers: those that may generate."""
@@ -62,7 +63,7 @@ class Fleet:
 
     def reasons(self) -> str:
         """Why servers are condemned, for a message."""
-        return "; ".join(f"{server}: {reason}" for server, reason in self._condemned.items()) or "none condemned"
+        return "; ".join(f"{server}: {reason}" for server, reason in self.condemned.items()) or "none condemned"
 
     def close(self) -> None:
         """Stop the servers that this process started."""

@@ -66,11 +66,11 @@ class Server:
     @property
     def pid(self) -> int | None:
         """Process id, None for a server that another process started."""
-        return self.process and self.process.pid
+        return self.process.pid if self.process else None
 
     @property
     def log_path(self) -> Path | None:
-        return self.process and self.process.log_path
+        return self.process.log_path if self.process else None
 
     def alive(self) -> bool:
         """False if its process is known to have ended. True says little: a stopped server is alive."""

@@ -11,23 +11,34 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.sglang import launch, supervisor
-from megatron_fipo.rollout.sglang.server import MalformedAnswer, Process, Server, ServerAddress, ServerLost, ServerRefused
+from megatron_fipo.rollout.sglang.fleet import Fleet
+from megatron_fipo.rollout.sglang.server import (
+    MalformedAnswer,
+    Process,
+    Server,
+    ServerAddress,
+    ServerLost,
+    ServerRefused,
+)
 
 OLDEST_VERSION = "0.5.11"
-"""Versions up to 0.5.10 run pickled code that reaches their sockets (CVE-2026-3059, -3060, -7301, -7304)."""
+"""Up to 0.5.10 SGLang runs pickled code that reaches their sockets (CVE-2026-3059, -3060, -7301, -7304)."""
 
 # SGLang's own defaults would take most of the machine's memory for the key/value cache.
-_CPU_FLAGS = """
-    --device cpu --attention-backend torch_native --sampling-backend pytorch --grammar-backend none --disable-cuda-graph
-    --disable-overlap-schedule --mem-fraction-static 0.1 --max-total-tokens 81920 --max-running-requests 64
-""".split()
+_CPU_FLAGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none", "--disable-cuda-graph", "--disable-overlap-schedule"),
+    *("--mem-fraction-static", "0.1", "--max-total-tokens", "81920", "--max-running-requests", "64"),
+)
 _TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*")
 _POLL_S = 0.3
 
@@ -84,6 +95,18 @@ def attach(urls: Sequence[str], api_key: str, admin_key: str) -> list[Server]:
 
     asyncio.run(check_all())
     return servers
+
+
+def gather_fleet(started: Sequence[Server]) -> Fleet:
+    """Every rank gets to know the servers that any rank has started. Collective over all ranks.
+
+    The keys travel inside the trainer's own process group only.
+    """
+    mine = [(server.name, server.address) for server in started]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    own = {server.address: server for server in started}
+    return Fleet([own.get(address) or Server(name, address) for theirs in everyone for name, address in theirs])
 
 
 def check_version(version: str, where: str) -> None:
@@ -159,8 +182,8 @@ def _devices(settings: StartSettings, index: int) -> str:
     first = settings.first_gpu + index * size
     if first + size > len(devices):
         raise UserError(
-            f"--sglang-servers {settings.count} of {size} GPUs do not fit beside the {settings.first_gpu} trainer ranks "
-            f"of a node with {len(devices)} GPUs; start fewer ranks or fewer servers"
+            f"--sglang-servers {settings.count} of {size} GPUs do not fit beside the {settings.first_gpu} trainer "
+            f"ranks of a node with {len(devices)} GPUs; start fewer ranks or fewer servers"
         )
     return ",".join(devices[first : first + size])
 

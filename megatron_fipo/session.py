@@ -89,7 +89,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     stop = inputs.answers.stop_token_ids
     return Session(
         policy=Policy(chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length),
-        engine=EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0),
+        engine=_open_engine(args, folder, chunks, replicas),
         replicas=replicas,
         state=state,
         stream=stream,
@@ -123,6 +123,18 @@ def _load(
             f"place in the prompts means nothing here; give the same ones, or start from its weights with --finetune"
         )
     return state
+
+
+def _open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], replicas: Replicas) -> RolloutEngine:
+    """The engine that --rollout-engine names; collective over all ranks."""
+    if args.rollout_engine == "embedded":
+        return EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
+    # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
+    from megatron_fipo.rollout.sglang.factory import open_engine, open_fleet
+    from megatron_fipo.rollout.sglang.weight_sync import WeightSync
+
+    fleet = open_fleet(args, folder.path / "sglang")
+    return open_engine(args, fleet, WeightSync(chunks, fleet), replicas)
 
 
 def _open_writer(args: argparse.Namespace, folder: RunFolder, state: checkpoint.LoopState) -> MetricWriter:

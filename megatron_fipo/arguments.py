@@ -131,6 +131,14 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         default=True,
         help="train only on groups with right and wrong answers, and generate until there are enough",
     )
+    group.add_argument(
+        "--rollout-correction",
+        nargs="+",
+        default=[],
+        metavar="KIND:BOUND",
+        help="weigh tokens for the gap between engine and trainer: token-tis:C or sequence-tis:C, token-band:LOW:HIGH, "
+        "sequence-mask:LOW:HIGH (docs/weight_sync.md)",
+    )
     group.add_argument("--rollout-only", metavar="DIR", help="write rollouts to DIR and do not train")
     group.add_argument("--train-from-rollouts", metavar="DIR", help="train on rollouts that --rollout-only wrote")
     group.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
 from megatron_fipo.observe.run_folder import RunFolder
-from megatron_fipo.settings import loss_config
+from megatron_fipo.settings import correction_config, loss_config
 
 _REFUSED = {
     "--perform-rl-step": "megatron_fipo runs its own loop; leave it out",
@@ -195,6 +195,7 @@ def _check_algorithm(args: argparse.Namespace) -> None:
             f"--fipo-weight-low {args.fipo_weight_low} and --fipo-weight-high {args.fipo_weight_high} must enclose 1"
         )
     loss_config(args)
+    correction_config(args)
     if not args.rollout_temperature > 0:
         raise UserError(
             f"--rollout-temperature {args.rollout_temperature} must be positive; greedy rollouts have no contrast"

@@ -80,6 +80,7 @@ class Policy:
                     batch.response_mask_T,
                     batch.cu_seqlens_S1,
                     loss_config,
+                    token_weight_T=batch.token_weight_T,
                     loss_scale_S=batch.loss_scale_S,
                     backend="compiled" if has_kernels_for(logp_T.device.type) else "torch",
                 )

@@ -84,6 +84,9 @@ def test_a_stopped_server_is_condemned_and_comes_back_after_an_update(when, pair
                 label(server, version)
                 client.fleet.admit(server)
 
+        def close(self) -> None:
+            pass
+
     engine = SGLangEngine(client.fleet, client, Labels())
     if when == "idle":
         signal_group(victim, signal.SIGSTOP)

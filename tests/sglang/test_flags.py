@@ -12,23 +12,11 @@ SGLANG = [*BASE, "--rollout-engine", "sglang"]
 
 
 def test_any_server_flag_passes():
-    words = [
-        "--lr",
-        "1",
-        "--sglang-tp-size",
-        "2",
-        "--sglang-enable-metrics",
-        "--sglang-cuda-graph-bs",
-        "1",
-        "2",
-        "-3",
-        "--seed",
-        "4",
-        "--sglang-x=y",
-    ]
-    trainer, servers = split_flags([*words, "--sglang-servers", "2"])
+    words = ["--lr", "1", "--sglang-tp-size", "2", "--sglang-enable-metrics", "--sglang-cuda-graph-bs", "1", "2", "-3"]
+    words += ["--seed", "4", "--sglang-x=y", "--sglang-servers", "2"]
+    trainer, servers = split_flags(words)
     assert trainer == ["--lr", "1", "--seed", "4", "--sglang-servers", "2"]
-    assert servers == tuple(["--tp-size", "2", "--enable-metrics", "--cuda-graph-bs", "1", "2", "-3", "--x", "y"])
+    assert servers == ("--tp-size", "2", "--enable-metrics", "--cuda-graph-bs", "1", "2", "-3", "--x", "y")
     args = parse_arguments([*SGLANG, "--sglang-servers", "2", "--sglang-tp-size", "2"])
     assert args.sglang_servers == 2 and args.sglang_flags == ("--tp-size", "2")
 

@@ -36,7 +36,7 @@ OLDEST_VERSION = "0.5.11"
 # The key/value cache is bounded by tokens: a small fraction of the memory fails when other processes start meanwhile.
 _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--grammar-backend", "none", "--disable-cuda-graph", "--disable-overlap-schedule"),
+    *("--grammar-backend", "none", "--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"),
     *("--mem-fraction-static", "0.8", "--max-total-tokens", "81920", "--max-running-requests", "64"),
 )
 _TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*")

@@ -119,6 +119,25 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sglang-port", type=int, metavar="P", help="started servers take P, P+1, ...; default: free ones"
     )
+    group.add_argument(
+        "--weight-sync-bucket-mb",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="weights go to servers in messages of MB",
+    )
+    group.add_argument(
+        "--weight-sync-deadline", type=float, default=120.0, metavar="S", help="a server that takes longer is given up"
+    )
+    group.add_argument(
+        "--weight-sync-pause",
+        choices=["abort", "retract", "in_place"],
+        default="retract",
+        help="requests in flight at a sync end, start again from their tokens, or go on with old keys and values",
+    )
+    group.add_argument(
+        "--check-weights", action="store_true", help="compare checksums of trainer and servers after every sync"
+    )
     group.add_argument("--rollout-temperature", type=float, help="log-probs are those of logits / temperature")
     group.add_argument("--rollout-max-tokens", type=int, help="longest response")
     group.add_argument("--rollout-max-running", type=int, default=256, help="completions generated at once per replica")

@@ -130,11 +130,10 @@ def _open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any],
     if args.rollout_engine == "embedded":
         return EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
     # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
-    from megatron_fipo.rollout.sglang.factory import open_engine, open_fleet
-    from megatron_fipo.rollout.sglang.weight_sync import WeightSync
+    from megatron_fipo.rollout.sglang.factory import open_engine, open_fleet, open_weight_sync
 
     fleet = open_fleet(args, folder.path / "sglang")
-    return open_engine(args, fleet, WeightSync(chunks, fleet), replicas)
+    return open_engine(args, fleet, open_weight_sync(args, chunks, fleet), replicas)
 
 
 def _open_writer(args: argparse.Namespace, folder: RunFolder, state: checkpoint.LoopState) -> MetricWriter:

@@ -61,6 +61,7 @@ _POSITIVE = (
     "rollout_max_tokens",
     "rollout_max_batches",
     "rollout_max_running",
+    "weight_sync_bucket_mb",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",

@@ -2,14 +2,20 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from megatron_fipo.checkpoint.hf import export_hf_weights
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.sglang.client import Client
-from megatron_fipo.rollout.sglang.engine import SGLangEngine, WeightSync
+from megatron_fipo.rollout.sglang.engine import SGLangEngine
 from megatron_fipo.rollout.sglang.fleet import Fleet
+from megatron_fipo.rollout.sglang.sender import SyncSettings
 from megatron_fipo.rollout.sglang.server import Server
 from megatron_fipo.rollout.sglang.servers import StartSettings, address_of, attach, gather_fleet, start_servers
+from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"
 
@@ -36,6 +42,17 @@ def open_fleet(args: argparse.Namespace, log_folder: Path) -> Fleet:
         )
         own = start_servers(settings)
     return gather_fleet(own)
+
+
+def open_weight_sync(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], fleet: Fleet) -> WeightSync:
+    """What brings the weights of these model chunks to the servers."""
+    settings = SyncSettings(
+        bucket_bytes=args.weight_sync_bucket_mb * 2**20,
+        pause=args.weight_sync_pause,
+        check=args.check_weights,
+        deadline_s=args.weight_sync_deadline,
+    )
+    return WeightSync(lambda: export_hf_weights(chunks, args.vocab_size), fleet, settings)
 
 
 def open_engine(args: argparse.Namespace, fleet: Fleet, sync: WeightSync, replicas: Replicas) -> SGLangEngine:

@@ -11,22 +11,21 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
-
-_ARRIVALS = "init/"  # every client of a TCPStore adds one to this key as it connects
+from torch.distributed.distributed_c10d import GroupName, PrefixStore, _new_process_group_helper, _world
 
 
 class UpdateGroup:
     """Rank 0 of a group whose other ranks are told to join ``host:port`` under ``name``.
 
-    Opening is in two steps, so that nothing blocks without a deadline: wait until `arrived` is the number of others,
-    then `open`.
+    Opening is in two steps, so that the caller can watch the others meanwhile: see `everyone_waits`, then `open`.
     """
 
-    def __init__(self, name: str, world_size: int, backend: str, host: str, timeout_s: float) -> None:
+    def __init__(
+        self, name: str, world_size: int, backend: str, host: str, join_timeout_s: float, timeout_s: float
+    ) -> None:
         """``host`` is the address of this machine at which the others can reach it; the kernel chooses the port.
 
-        ``timeout_s`` bounds each collective.
+        ``timeout_s`` bounds each collective, ``join_timeout_s`` each wait in `open`.
         """
         self.name, self.world_size, self.backend, self.host = name, world_size, backend, host
         self._timeout = timedelta(seconds=timeout_s)
@@ -36,35 +35,39 @@ class UpdateGroup:
             host,
             self.port,
             is_master=True,
-            timeout=self._timeout,
+            timeout=timedelta(seconds=join_timeout_s),
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
         self._group: dist.ProcessGroup | None = None
 
-    def arrived(self) -> int:
-        """Ranks that have reached the meeting point, this one not counted."""
+    def everyone_waits(self) -> bool:
+        """Whether all others are at the meeting point, for a backend (gloo) with which they wait there."""
         assert self._store is not None
-        return self._store.add(_ARRIVALS, 0)
+        return self._store.num_keys() >= self.world_size  # the address of each, and one key of the store itself
 
     def open(self) -> None:
         """Connect with the others, who are all there. Raises RuntimeError after the timeout."""
+        assert self._store is not None
         group, _ = _new_process_group_helper(
             self.world_size,
             0,
             [],
             dist.Backend(self.backend),
             PrefixStore(self.name, self._store),
-            group_name=self.name,
+            group_name=GroupName(self.name),
             backend_options=None,
             timeout=self._timeout,
         )
+        assert isinstance(group, dist.ProcessGroup)
         _world.pg_group_ranks[group] = {rank: rank for rank in range(self.world_size)}
         self._group = group
 
     def broadcast(self, data: Tensor) -> dist.Work:
         """Begin to send ``data`` to everyone."""
-        return dist.broadcast(data, src=0, group=self._group, async_op=True)
+        work = dist.broadcast(data, src=0, group=self._group, async_op=True)
+        assert work is not None  # None is for ranks outside the group
+        return work
 
     def abort(self) -> None:
         """Give up collectives under way, where the backend can; gloo's end with a connection or at their timeout."""

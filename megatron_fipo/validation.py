@@ -233,7 +233,8 @@ def _check_engine(args: argparse.Namespace) -> None:
         raise UserError(f"--sglang-servers {args.sglang_servers} must be at least 1")
     if args.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) and args.sglang_host == "127.0.0.1":
         raise UserError(
-            "--sglang-host 127.0.0.1 cannot be reached from the other nodes; name the interface that joins them, e.g. eth0"
+            "--sglang-host 127.0.0.1 cannot be reached from the other nodes; name the interface that joins them, "
+            "e.g. eth0"
         )
     if importlib.util.find_spec("sglang") is None and not args.dry_run:
         raise UserError("--sglang-servers: SGLang is not installed; run 'make sglang', or use a container that has it")

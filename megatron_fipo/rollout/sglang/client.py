@@ -56,7 +56,7 @@ class Client:
     ):
         """``max_running`` completions are asked for at once. ``replica`` decides where to begin, so that the replicas
         load the servers evenly."""
-        self._fleet, self._vocab_size, self._max_running = fleet, vocab_size, max_running
+        self.fleet, self._vocab_size, self._max_running = fleet, vocab_size, max_running
         first = replica % len(fleet.servers)
         self._order = fleet.servers[first:] + fleet.servers[:first]
         self._deadlines = deadlines
@@ -90,7 +90,7 @@ class Client:
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         async with open_session() as session:
-            batch = _Batch(self._fleet, self._order, session, self._vocab_size, self._deadlines, self._faults)
+            batch = _Batch(self.fleet, self._order, session, self._vocab_size, self._deadlines, self._faults)
             slots = asyncio.Semaphore(self._max_running)
 
             async def complete(question: Question) -> Completion:

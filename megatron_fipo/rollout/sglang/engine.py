@@ -30,6 +30,10 @@ class WeightSync(Protocol):
         others."""
         ...
 
+    def close(self) -> None:
+        """Leave the servers alone from now on."""
+        ...
+
 
 class SGLangEngine:
     """A RolloutEngine on servers of their own weights.
@@ -84,6 +88,7 @@ class SGLangEngine:
 
     def close(self) -> None:
         """Stop the servers that this process started."""
+        self._sync.close()
         self._fleet.close()
 
     def _generate(

@@ -33,11 +33,11 @@ from megatron_fipo.rollout.sglang.server import (
 OLDEST_VERSION = "0.5.11"
 """Up to 0.5.10 SGLang runs pickled code that reaches their sockets (CVE-2026-3059, -3060, -7301, -7304)."""
 
-# SGLang's own defaults would take most of the machine's memory for the key/value cache.
+# The key/value cache is bounded by tokens: a small fraction of the memory fails when other processes start meanwhile.
 _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--grammar-backend", "none", "--disable-cuda-graph", "--disable-overlap-schedule"),
-    *("--mem-fraction-static", "0.1", "--max-total-tokens", "81920", "--max-running-requests", "64"),
+    *("--grammar-backend", "none", "--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"),
+    *("--mem-fraction-static", "0.8", "--max-total-tokens", "81920", "--max-running-requests", "64"),
 )
 _TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*")
 _POLL_S = 0.3
@@ -217,8 +217,8 @@ async def _check(server: Server) -> None:
     except ServerRefused as error:
         if error.status in (401, 403):
             raise UserError(
-                f"{server} does not take our keys (HTTP {error.status}); set SGLANG_API_KEY and SGLANG_ADMIN_API_KEY to "
-                f"those that it was started with"
+                f"{server} does not take our keys (HTTP {error.status}); set SGLANG_API_KEY and SGLANG_ADMIN_API_KEY "
+                f"to those that it was started with"
             ) from error
         raise UserError(f"{server} answers like no SGLang server ({error}); check its address") from error
     except (ServerLost, MalformedAnswer) as error:

@@ -89,7 +89,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         policy=Policy(
             chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
         ),
-        engine=EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0),
+        engine=_open_engine(args, folder, chunks, replicas),
         replicas=replicas,
         checkpoints=checkpoints,
         interruption=Interruption(replicas.device),
@@ -136,6 +136,17 @@ def _load(
             f"--load {args.load_run} holds step {state.step}, beyond --num-steps {args.num_steps}; raise --num-steps"
         )
     return state
+
+
+def _open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], replicas: Replicas) -> RolloutEngine:
+    """The engine that --rollout-engine names; collective over all ranks."""
+    if args.rollout_engine == "embedded":
+        return EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
+    # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
+    from megatron_fipo.rollout.sglang.factory import open_engine, open_fleet, open_weight_sync
+
+    fleet = open_fleet(args, folder.path / "sglang")
+    return open_engine(args, fleet, open_weight_sync(args, chunks, fleet), replicas)
 
 
 def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) -> MetricWriter:

@@ -41,6 +41,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
             finished step's; a step that has begun to change it is finished.
     """
     state, saved, evaluation, stopped = run.state, run.state.step, None, None
+    run.engine.update_weights(state.step)
     if state.step == 0:
         run.recorder.before(evaluate(run))
     elif state.step == args.num_steps:  # interrupted between its last checkpoint and its last words
@@ -122,6 +123,7 @@ def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rat
 def write_rollouts(run: Session, args: argparse.Namespace) -> None:
     """Generate every step's samples with the weights as they are."""
     contrast_rate = run.state.contrast_rate
+    run.engine.update_weights(run.state.step)
     for step in range(run.state.step + 1, args.num_steps + 1):
         rollout = next_rollout(run, args, step, contrast_rate)
         write_rollout(args.rollout_only, step, rollout, run.replicas)

@@ -87,6 +87,7 @@ def test_a_model_and_its_data_are_checked(capsys, trained_base):
         (["--global-batch-size", "8192"], ["one update per rollout", "at most 4096", "--allow-inactive-fipo"]),
         (["--global-batch-size", "16384"], ["--global-batch-size 16384", "8192"]),
         (["--num-steps", "0"], ["--num-steps 0"]),
+        (["--rollout-correction", "tis:2"], ["--rollout-correction", "'tis:2'", "token-tis:C"]),
         (["--global-batch-size", "0"], ["--global-batch-size 0"]),
         (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0"]),
         (["--eval-interval", "0"], ["--eval-interval 0"]),

@@ -63,9 +63,9 @@ def plan_buckets(layout: Sequence[TensorSpec], capacity: int) -> list[Bucket]:
     A bucket also ends where the next tensor would not be aligned to its dtype, which receivers refuse.
     """
     buckets: list[list[TensorSpec]] = []
-    filled = capacity
+    filled = 0
     for spec in layout:
-        if filled + spec.nbytes > capacity or filled % spec.dtype.itemsize:
+        if not buckets or filled + spec.nbytes > capacity or filled % spec.dtype.itemsize:
             buckets.append([])
             filled = 0
         buckets[-1].append(spec)

@@ -22,7 +22,7 @@ from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.inputs import Inputs
-from megatron_fipo.loss import FipoConfig
+from megatron_fipo.loss import CorrectionConfig, FipoConfig
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.observe.console import Console
@@ -36,7 +36,7 @@ from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.settings import collect_settings, loss_config, planner
+from megatron_fipo.settings import collect_settings, correction_config, loss_config, planner
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Session:
     stream: PromptStream
     collect: CollectSettings
     loss: FipoConfig
+    correction: CorrectionConfig
     plan: Callable[[Sequence[int]], list[UpdatePlan]]
     eval_sets: tuple[EvaluationSet, ...]
     eval_sampling: SamplingParams
@@ -75,11 +76,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     if args.start_note:
         console.note(args.start_note)
     with _megatron_log(folder.path / "megatron.log" if first else Path(os.devnull)):
-        set_global_variables(args, build_tokenizer=False)
-        initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
-        chunks, optimizer, scheduler = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, model_provider(args)
-        )
+        chunks, optimizer, scheduler = start_megatron(args)
         checkpoints = Checkpoints(folder.checkpoints, args, chunks, optimizer, scheduler, args.keep_last, console.note)
         state = _load(args, stream, checkpoints, chunks, optimizer)
     stream.cursor = state.prompt_cursor
@@ -93,7 +90,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         policy=Policy(
             chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
         ),
-        engine=EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0),
+        engine=_open_engine(args, folder, chunks, replicas),
         replicas=replicas,
         checkpoints=checkpoints,
         interruption=Interruption(replicas.device),
@@ -101,6 +98,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         stream=stream,
         collect=collect_settings(args, stop),
         loss=loss,
+        correction=correction_config(args),
         plan=planner(args),
         eval_sets=inputs.eval_sets,
         eval_sampling=SamplingParams(args.rollout_max_tokens, 1.0, args.eval_top_p, stop),
@@ -109,6 +107,13 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         timer=timer,
         recorder=Recorder(folder, writer, console, timer, replicas, loss),
     )
+
+
+def start_megatron(args: argparse.Namespace) -> tuple[list[Any], Any, Any]:
+    """Process groups, and the model with random weights: its chunks, optimizer and schedule."""
+    set_global_variables(args, build_tokenizer=False)
+    initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
+    return training.setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider(args))
 
 
 def _load(
@@ -133,6 +138,17 @@ def _load(
             f"--load {args.load_run} holds step {state.step}, beyond --num-steps {args.num_steps}; raise --num-steps"
         )
     return state
+
+
+def _open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], replicas: Replicas) -> RolloutEngine:
+    """The engine that --rollout-engine names; collective over all ranks."""
+    if args.rollout_engine == "embedded":
+        return EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
+    # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
+    from megatron_fipo.rollout.sglang.factory import open_engine, open_fleet, open_weight_sync
+
+    fleet = open_fleet(args, folder.path / "sglang")
+    return open_engine(args, fleet, open_weight_sync(args, chunks, fleet), replicas)
 
 
 def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) -> MetricWriter:

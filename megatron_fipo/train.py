@@ -20,6 +20,7 @@ from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
 from megatron_fipo.checkpoint.hf_write import save_hf
 from megatron_fipo.checkpoint.state import LoopState
 from megatron_fipo.data.batches import make_micro_batches
+from megatron_fipo.data.correction import correct_updates
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.inputs import read_inputs
@@ -41,6 +42,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
             finished step's; a step that has begun to change it is finished.
     """
     state, saved, evaluation, stopped = run.state, run.state.step, None, None
+    run.engine.update_weights(state.step)
     if state.step == 0:
         run.recorder.before(evaluate(run))
     elif state.step == args.num_steps:  # interrupted between its last checkpoint and its last words
@@ -63,6 +65,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         learning_rate = run.policy.advance_schedule(args.global_batch_size)
         with run.timer("old_logp"):
             updates, entropy_sum = run.policy.add_old_log_probs(updates)
+            updates, correction = correct_updates(updates, plan, rollout, run.correction, run.loss, run.replicas)
         with run.timer("update"), run.console.progress("update", len(updates) * args.grpo_iterations) as progress:
             results = []
             for micro_batches in updates * args.grpo_iterations:
@@ -74,7 +77,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         run.engine.update_weights(step)
         due = step % args.eval_interval == 0 or step == args.num_steps
         evaluation = evaluate(run) if due else None
-        run.recorder.step(step, rollout, updates, entropy_sum, results, learning_rate, evaluation)
+        run.recorder.step(step, rollout, updates, entropy_sum, correction, results, learning_rate, evaluation)
         state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)
@@ -122,6 +125,7 @@ def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rat
 def write_rollouts(run: Session, args: argparse.Namespace) -> None:
     """Generate every step's samples with the weights as they are."""
     contrast_rate = run.state.contrast_rate
+    run.engine.update_weights(run.state.step)
     for step in range(run.state.step + 1, args.num_steps + 1):
         rollout = next_rollout(run, args, step, contrast_rate)
         write_rollout(args.rollout_only, step, rollout, run.replicas)

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 _VERSION = 1
@@ -39,7 +40,8 @@ def record_files(folder: Path, rank: int) -> dict[str, FileRecord]:
 def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
     """Write the manifest, and flush it and the folder's entries to disk: now the folder is whole."""
     files = {name: asdict(record) for name, record in sorted(records.items())}
-    write_durably(folder / MANIFEST, json.dumps({"version": _VERSION, "files": files}, indent=1) + "\n")
+    manifest = {"version": _VERSION, "files": files, "crc32": _crc32_of_table(files)}
+    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def find_damage(folder: Path, *, part: int = 0, parts: int = 1, contents: bool = True) -> str | None:
@@ -84,9 +86,13 @@ def move_durably(source: Path, target: Path) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, FileRecord]:
     manifest = json.loads((folder / MANIFEST).read_bytes())
-    if manifest["version"] != _VERSION or not manifest["files"]:
-        raise ValueError(f"version {manifest['version']}")
+    if manifest["version"] != _VERSION or manifest["crc32"] != _crc32_of_table(manifest["files"]):
+        raise ValueError("not as it was written")
     return {name: FileRecord(**record) for name, record in manifest["files"].items()}
+
+
+def _crc32_of_table(files: Any) -> str:
+    return f"{zlib.crc32(json.dumps(files).encode()):08x}"
 
 
 def _sync(path: Path) -> None:

@@ -14,6 +14,8 @@ from megatron_fipo.compat.patching import Patch, View
 _INDEX_NAMES = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath",),
+    "collections": ("OrderedDict",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.distributed.checkpoint.metadata": (
         "BytesStorageMetadata",

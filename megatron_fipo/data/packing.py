@@ -50,6 +50,7 @@ class PackedBatch:
 
     tokens_T, labels_T, position_ids_T  int64;  response_mask_T  bool
     rollout_logp_T  fp32, the engine's log-probs;  old_logp_T  fp32, the trainer's (None until computed)
+    token_weight_T  fp32, the importance correction (None: no correction)
     advantage_S  fp32;  loss_scale_S  fp32, the weight of each sequence's loss sum (None: token normalisation)
     cu_seqlens_S1, cu_seqlens_padded_S1  int32;  sample_ids_S, group_ids_S  int64
     routing  shared by all copies of the batch
@@ -67,6 +68,7 @@ class PackedBatch:
     cu_seqlens_padded_S1: Tensor
     sample_ids_S: Tensor
     group_ids_S: Tensor
+    token_weight_T: Tensor | None = None
     routing: RoutingRecord = field(default_factory=RoutingRecord)
 
     def with_old_logp(self, old_logp_T: Tensor) -> "PackedBatch":

@@ -112,6 +112,7 @@ class Policy:
                     batch.cu_seqlens_padded_S1,
                     loss_config,
                     self.context,
+                    token_weight_T=batch.token_weight_T,
                     loss_scale_S=batch.loss_scale_S,
                     backend="compiled" if has_kernels_for(logp_T.device.type) else "torch",
                 )

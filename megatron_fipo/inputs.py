@@ -13,6 +13,8 @@ from megatron_fipo.data.prompts import Prompt, drop_long, read_prompts
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.rewards.answers import Answers
+from megatron_fipo.rewards.functions import parse_terms
+from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rewards.verify import check_source
 from megatron_fipo.validation import parse_eval_data
 
@@ -54,7 +56,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     prompts = read(args.prompt_data) if args.prompt_data else []
     kept = drop_long(prompts, args.max_prompt_tokens) if prompts else []
     return Inputs(
-        answers=Answers(tokenizer, _stop_token_ids(args.hf_model, tokenizer)),
+        answers=Answers(tokenizer, _stop_token_ids(args.hf_model, tokenizer), _reward_pool(args)),
         prompts=kept,
         dropped_prompts=len(prompts) - len(kept),
         eval_sets=tuple(
@@ -62,6 +64,10 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
             for name, path, samples in map(parse_eval_data, args.eval_data)
         ),
     )
+
+
+def _reward_pool(args: argparse.Namespace) -> RewardPool:
+    return RewardPool(parse_terms(args.reward_function), timeout=args.reward_timeout, network=args.reward_network)
 
 
 def _tokenizer(hf_model: str) -> PreTrainedTokenizerBase:

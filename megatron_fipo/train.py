@@ -40,6 +40,8 @@ def train(run: Session, args: argparse.Namespace) -> None:
         try:
             with run.timer("rollout"):
                 rollout = next_rollout(run, args, step, state.contrast_rate)
+                if args.reward_overlong_filter:
+                    rollout = rollout.without_truncated()
         except OutOfContrast as error:
             stopped = error
             break

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
 from megatron_fipo.observe.run_folder import RunFolder
+from megatron_fipo.rewards.functions import parse_terms
 from megatron_fipo.settings import loss_config
 
 _REFUSED = {
@@ -196,6 +197,9 @@ def _check_algorithm(args: argparse.Namespace) -> None:
         )
     if not 0 < args.eval_top_p <= 1:
         raise UserError(f"--eval-top-p {args.eval_top_p} must be in (0, 1]")
+    if not args.reward_timeout > 0:
+        raise UserError(f"--reward-timeout {args.reward_timeout} must be positive")
+    parse_terms(args.reward_function)
     if not 0 <= args.reward_overlong_buffer < args.rollout_max_tokens:
         raise UserError(
             f"--reward-overlong-buffer {args.reward_overlong_buffer} must be less than "

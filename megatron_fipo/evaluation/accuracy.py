@@ -83,7 +83,8 @@ def _evaluate(
         sampling,
         on_finished,
     )
-    correct = [answers.verify(prompt, c.tokens)[0] for (_, prompt, _), c in zip(requests, completions, strict=True)]
+    verdicts = answers.verify([(prompt, c.tokens) for (_, prompt, _), c in zip(requests, completions, strict=True)])
+    correct = [verdict.correct for verdict in verdicts]
     sums = [
         sum(correct),
         sum(len(c.tokens) for c in completions),

@@ -97,7 +97,27 @@ def _add_algorithm_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prompt-data", nargs="+", metavar="PATH", help="JSONL with prompt, answer, source, metadata")
+    group.add_argument(
+        "--prompt-data",
+        nargs="+",
+        metavar="PATH",
+        help="JSONL, Parquet or Arrow file, folder, or Hub dataset OWNER/NAME",
+    )
+    group.add_argument(
+        "--prompt-weights",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="WEIGHT",
+        help="shares of the --prompt-data paths",
+    )
+    group.add_argument("--prompt-key", metavar="COLUMN", help="of the prompt; default: prompt, problem or question")
+    group.add_argument("--answer-key", metavar="COLUMN", help="of the answer; a.b is b within a (docs/data.md)")
+    group.add_argument(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="default: to prompts that are chat messages, not to text",
+    )
     group.add_argument(
         "--eval-data", nargs="+", default=[], metavar="NAME:PATH:N", help="held-out prompts, N samples each"
     )

@@ -1,6 +1,7 @@
 """Everything about a command line that can be known to be wrong before anything starts."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,11 +92,22 @@ def check(args: argparse.Namespace) -> None:
     if not args.hf_model:
         raise UserError("--hf-model is missing: give the Hugging Face folder of the model to train")
     if not args.prompt_data and not args.train_from_rollouts:
-        raise UserError("--prompt-data is missing: give at least one JSONL file of prompts")
+        raise UserError("--prompt-data is missing: give at least one file of prompts")
+    _check_prompt_weights(args)
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
     _check_run_folder(args)
     _check_save_hf(args)
+
+
+def _check_prompt_weights(args: argparse.Namespace) -> None:
+    weights, paths = args.prompt_weights, args.prompt_data or []
+    if weights and len(weights) != len(paths):
+        raise UserError(
+            f"--prompt-weights has {len(weights)} values for {len(paths)} --prompt-data paths; give one each"
+        )
+    if weights and not (all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0):
+        raise UserError(f"--prompt-weights {weights} must be 0 or more, and one of them positive")
 
 
 def parse_eval_data(spec: str) -> tuple[str, str, int]:

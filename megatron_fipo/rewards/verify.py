@@ -8,6 +8,7 @@ responses that are all wrong, and dynamic sampling would keep their groups. So o
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import cache
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rewards import dapo, equivalence, reasoning_gym
@@ -25,6 +26,7 @@ _SOURCES = (
 )
 
 
+@cache
 def rule_of(source: str) -> str | None:
     """ "dapo", "math_verify", "reasoning_gym", or None if ``source`` has no verifier."""
     if source.startswith(_REASONING_GYM):
@@ -44,7 +46,7 @@ def score(response: Response) -> float:
     rule = rule_of(response.source)
     if rule in RULES:
         return RULES[rule](response.text, response.answer)
-    check_source(response.source)
+    resolve_source(response.source)
     answer = reasoning_gym.extract_answer(response.text)
     if answer is None:
         return 0.0
@@ -61,14 +63,16 @@ def load(source: str) -> None:
         reasoning_gym.scorer(source.removeprefix(_REASONING_GYM))
 
 
-def check_source(source: str, where: str = "prompt data") -> None:
-    """Check that ``source`` has a verifier; ``where`` goes into the message.
+def resolve_source(source: str, where: str = "prompt data", default_rule: str | None = None) -> str:
+    """``source`` if it has a verifier, else ``default_rule``; ``where`` goes into the message.
 
     Raises:
-        UserError: it has none.
+        UserError: there is neither.
     """
     if rule_of(source) is not None:
-        return
+        return source
+    if default_rule is not None:
+        return default_rule
     known = [_REASONING_GYM + task for task in reasoning_gym.tasks()]
     nearest = get_close_matches(source, known, n=1)
     raise UserError(

@@ -9,7 +9,7 @@ import reasoning_gym
 from megatron_fipo.errors import UserError
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rewards.response import Response, Verdict
-from megatron_fipo.rewards.verify import check_source, rule_of, score
+from megatron_fipo.rewards.verify import resolve_source, rule_of, score
 
 
 def respond(task: str, text: str, answer: str, metadata: dict | None = None) -> Response:
@@ -82,9 +82,15 @@ def test_a_scorer_that_raises_is_counted():
 )
 def test_an_unknown_source_is_a_user_error_with_row_and_choices(source, hint):
     with pytest.raises(UserError, match="data.jsonl, row 7") as raised:
-        check_source(source, "data.jsonl, row 7")
+        resolve_source(source, "data.jsonl, row 7")
     assert repr(source) in str(raised.value) and hint in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_default_rule_judges_what_has_no_verifier():
+    assert resolve_source("poems", default_rule="dapo") == "dapo"
+    assert resolve_source("gsm8k", default_rule="dapo") == "gsm8k"
+    assert score(Response("", "Answer: 5", "5", "dapo")) == score(Response("", "Answer: 5", "5", "math_verify")) == 1.0
 
 
 def test_every_task_of_the_library_is_known_and_has_a_scorer():

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rewards.response import Response, Verdict
+from megatron_fipo.rewards.verify import RULES, answer_of, rule_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,19 @@ class Answers:
         ]
         return self.pool.score(texts, groups)
 
-    def record(self, prompt: Prompt, response: Sequence[int], correct: bool) -> dict[str, str | bool]:
+    def final_answer(self, prompt: Prompt, tokens: Sequence[int]) -> str | None:
+        """What the response's verifier takes for its final answer."""
+        return answer_of(prompt.source, self.text(tokens))
+
+    def equal(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:
+        """Are two final answers to a prompt of mathematics equal? For other prompts, of other text, they are not."""
+        equal = [False] * len(pairs)
+        mathematical = [i for i, (prompt, _, _) in enumerate(pairs) if rule_of(prompt.source) in RULES]
+        for i, same in zip(mathematical, self.pool.equal([pairs[i][1:] for i in mathematical]), strict=True):
+            equal[i] = same
+        return equal
+
+    def record(self, prompt: Prompt, response: Sequence[int], correct: bool) -> dict[str, Any]:
         """A response as samples.jsonl holds it."""
         return {
             "prompt": self.text(prompt.tokens),

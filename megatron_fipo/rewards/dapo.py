@@ -30,11 +30,15 @@ _BARE_ROOT = re.compile(r"sqrt([^{\[])")
 
 def score(text: str, answer: str) -> float:
     r"""1.0 if the last ``Answer:`` line (without one: the last ``\boxed{}``) is ``answer``, else 0.0."""
+    found = final_answer(text)
+    return float(found is not None and normalize(found) == normalize(answer))
+
+
+def final_answer(text: str) -> str | None:
+    r"""The last ``Answer:`` line at the end of a response, without one the last ``\boxed{}``, as they stand there."""
     end = text[-WINDOW:]
     found = last_answer_line(end)
-    if found is None:
-        found = last_boxed(end)
-    return float(found is not None and normalize(found) == normalize(answer))
+    return last_boxed(end) if found is None else found
 
 
 def normalize(answer: str) -> str:

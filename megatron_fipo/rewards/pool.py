@@ -76,9 +76,20 @@ class RewardPool:
         Raises:
             RuntimeError: the verifiers' process has died or does not answer.
         """
-        longest = _SLACK_SECONDS + len(self._terms) * (len(responses) + 1) * (self._timeout + 1.0) / self._workers
-        scores = self._ask((list(responses), list(groups)), longest, f"{len(responses)} verdicts")
+        longest = self._longest(len(self._terms) * len(responses))
+        names = [term.name for term in self._terms]
+        scores = self._ask((list(responses), list(groups), names), longest, f"{len(responses)} verdicts")
         return [self._verdict({name: column[i] for name, column in scores.items()}) for i in range(len(responses))]
+
+    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Are these pairs of final answers mathematically equal? A pair that cannot be compared is not."""
+        responses = [Response("", f"Answer: {a}", b, "math_verify") for a, b in pairs]
+        request = responses, range(len(pairs)), [SOURCE]
+        scores = self._ask(request, self._longest(len(pairs)), f"{len(pairs)} comparisons")
+        return [score >= 1.0 for score, _ in scores[SOURCE]]
+
+    def _longest(self, calls: int) -> float:
+        return _SLACK_SECONDS + (calls + 1) * (self._timeout + 1.0) / self._workers
 
     def _verdict(self, scores: dict[str, tuple[float, str | None]]) -> Verdict:
         """The weighted sum; correct by the source's verifier, or, without it, by full credit from every function."""

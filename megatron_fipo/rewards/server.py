@@ -95,15 +95,17 @@ class Server:
         self._functions = {name: RewardFunction.load(name) for name in settings.names if name != SOURCE}
         self._loaded: set[str] = set()
 
-    def score(self, responses: Sequence[Response], groups: Sequence[int]) -> dict[str, list[Score]]:
-        """Every response's score by every function; responses to one prompt have the same number in ``groups``."""
-        if SOURCE in self._settings.names and (new := {r.source for r in responses} - self._loaded):
+    def score(
+        self, responses: Sequence[Response], groups: Sequence[int], names: Sequence[str]
+    ) -> dict[str, list[Score]]:
+        """Every response's score by every name; responses to one prompt have the same number in ``groups``."""
+        if SOURCE in names and (new := {r.source for r in responses} - self._loaded):
             for source in new:
                 verify.load(source)
             self._loaded |= new
             gc.collect()
             gc.freeze()  # what is loaded stays shared with the workers
-        scores: dict[str, list[Score]] = {name: [(0.0, None)] * len(responses) for name in self._settings.names}
+        scores: dict[str, list[Score]] = {name: [(0.0, None)] * len(responses) for name in names}
         waiting = deque(calls for name in scores for calls in self._divide(name, groups))
         with selectors.DefaultSelector() as selector:
             while waiting or selector.get_map():

@@ -12,6 +12,7 @@ from functools import cache
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rewards import dapo, equivalence, reasoning_gym
+from megatron_fipo.rewards.final_answer import final_answer
 from megatron_fipo.rewards.response import Response
 
 _REASONING_GYM = "reasoning_gym/"
@@ -52,6 +53,14 @@ def score(response: Response) -> float:
         return 0.0
     scorer = reasoning_gym.scorer(response.source.removeprefix(_REASONING_GYM))
     return float(scorer(answer, {"answer": response.answer, "metadata": response.metadata}))
+
+
+def answer_of(source: str, text: str) -> str | None:
+    """The final answer that the source's verifier sees in a response."""
+    rule = rule_of(source)
+    if rule == "reasoning_gym":
+        return reasoning_gym.extract_answer(text)
+    return dapo.final_answer(text) if rule == "dapo" else final_answer(text)
 
 
 def load(source: str) -> None:

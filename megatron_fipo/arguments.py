@@ -24,6 +24,8 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
+from megatron_fipo.rewards.pool import DEFAULT_TIMEOUT
+from megatron_fipo.rewards.verify import RULES
 from megatron_fipo.rollout.sglang.flags import split_flags
 from megatron_fipo.validation import check, check_command_line, model_parallel_size
 
@@ -100,7 +102,27 @@ def _add_algorithm_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prompt-data", nargs="+", metavar="PATH", help="JSONL with prompt, answer, source, metadata")
+    group.add_argument(
+        "--prompt-data",
+        nargs="+",
+        metavar="PATH",
+        help="JSONL, Parquet or Arrow file, folder, or Hub dataset OWNER/NAME",
+    )
+    group.add_argument(
+        "--prompt-weights",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="WEIGHT",
+        help="shares of the --prompt-data paths",
+    )
+    group.add_argument("--prompt-key", metavar="COLUMN", help="of the prompt; default: prompt, problem or question")
+    group.add_argument("--answer-key", metavar="COLUMN", help="of the answer; a.b is b within a (docs/data.md)")
+    group.add_argument(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="default: to prompts that are chat messages, not to text",
+    )
     group.add_argument(
         "--eval-data", nargs="+", default=[], metavar="NAME:PATH:N", help="held-out prompts, N samples each"
     )
@@ -171,6 +193,29 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         help="last tokens of the length limit that cost reward; 0: off",
     )
     group.add_argument("--reward-overlong-penalty", type=float, help="reward lost at the length limit")
+    group.add_argument(
+        "--reward-overlong-filter",
+        action="store_true",
+        help="keep responses that ran into the length limit out of the loss",
+    )
+    group.add_argument(
+        "--reward-function",
+        nargs="+",
+        default=[],
+        metavar="MODULE:NAME[=WEIGHT]",
+        help="reward: the weighted sum of these functions; 'source' is the verifier that a prompt's source names",
+    )
+    group.add_argument(
+        "--reward-default-rule",
+        choices=sorted(RULES),
+        help="judges prompts whose source is missing or has no verifier",
+    )
+    group.add_argument(
+        "--reward-timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="of one call of a verifier"
+    )
+    group.add_argument(
+        "--reward-network", action="store_true", help="verifiers may open sockets and see the environment"
+    )
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

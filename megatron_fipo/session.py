@@ -70,7 +70,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         )
     folder = RunFolder(Path(args.runs_dir), args.run_name)
     folder.create()
-    stream = PromptStream(inputs.prompts, args.seed)
+    stream = PromptStream(inputs.prompts, args.seed, weights=args.prompt_weights)
     first = args.rank == 0
     console = Console(args.num_steps, enabled=first)
     if args.start_note:

@@ -53,6 +53,8 @@ def train(run: Session, args: argparse.Namespace) -> None:
             run.interruption.check()
             with run.timer("rollout"):
                 rollout = next_rollout(run, args, step, state.contrast_rate)
+                if args.reward_overlong_filter:
+                    rollout = rollout.without_truncated()
         except (OutOfContrast, Interrupted) as error:
             stopped = error
             break

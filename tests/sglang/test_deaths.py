@@ -71,6 +71,7 @@ LONG = SamplingParams(300, stop_token_ids=(EOS,))
 def test_a_stopped_server_is_condemned_and_comes_back_after_an_update(when, pair, hf_model, megatron):
     from conftest import label
 
+    from megatron_fipo.parallel.replicas import Replicas
     from megatron_fipo.rollout.sglang.engine import SGLangEngine
 
     keeper, victim = pair
@@ -87,7 +88,7 @@ def test_a_stopped_server_is_condemned_and_comes_back_after_an_update(when, pair
         def close(self) -> None:
             pass
 
-    engine = SGLangEngine(client.fleet, client, Labels())
+    engine = SGLangEngine(client.fleet, client, Labels(), Replicas.current())
     if when == "idle":
         signal_group(victim, signal.SIGSTOP)
         thread = threading.Thread(target=lambda: None)

@@ -315,7 +315,6 @@ def _find_start(args: argparse.Namespace) -> None:
         args.load,
         finetune=args.finetune,
         command_line=args.command_line,
-        num_steps=args.num_steps,
         saves=bool(args.save_interval),
     )
     args.load_run, args.finetune, args.start_note = start.load, start.weights_only, start.note

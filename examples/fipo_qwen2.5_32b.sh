@@ -5,7 +5,8 @@
 #   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen2.5_32b.sh             # and so on, on every node
 #
 # The smallest cluster that fits is NNODES=2: see docs/launching.md, and `python tools/plan_run.py --help` for others.
-# Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON.
+# Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
+# same command started again goes on from the run's newest checkpoint.
 set -euo pipefail
 NNODES=${NNODES:-16}
 # shellcheck source=examples/cluster.sh
@@ -46,6 +47,10 @@ ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 20480 --rollout
 if [[ $ROLLOUT_ENGINE == embedded ]]; then
     ROLLOUT+=(--transformer-impl local) # the layers that can generate
     ROLLOUT+=(--rollout-max-running 48) # 22,528 tokens x 32 KiB of keys and values: 35 GB a GPU at the most
+else
+    require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"
+    read -ra SERVERS <<<"$SGLANG_URLS"
+    ROLLOUT+=(--sglang-url "${SERVERS[@]}")
 fi
 
 OPTIMIZER=(--lr 1e-6 --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0)
@@ -56,9 +61,6 @@ OUTPUT=(
     --run-name "$RUN_NAME" --runs-dir "$RUNS_DIR"
     --save-interval 5 --keep-last 2 # weights and optimizer: 459 GB a checkpoint
 )
-if [[ -n $(compgen -G "$RUNS_DIR/$RUN_NAME/checkpoints/iter_*/rl_state.json") ]]; then
-    OUTPUT+=(--load "$RUNS_DIR/$RUN_NAME/checkpoints") # started again: go on where the newest checkpoint is
-fi
 
 launch -m megatron_fipo.train "${MODEL[@]}" "${PARALLEL[@]}" "${ALGORITHM[@]}" "${DATA[@]}" "${ROLLOUT[@]}" \
     "${OPTIMIZER[@]}" "${OUTPUT[@]}" "$@"

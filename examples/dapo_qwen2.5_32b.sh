@@ -5,7 +5,7 @@
 #   HF_MODEL=/models/Qwen2.5-32B PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
 #   MASTER_ADDR=node0 NODE_RANK=0 examples/dapo_qwen2.5_32b.sh             # and so on, on every node
 #
-# The smallest cluster that fits is NNODES=2: see docs/launching.md, and `python tools/plan_run.py --help` for others.
+# The smallest cluster that fits is NNODES=2 with --rollout-max-running 32; tools/plan_run.py forecasts others.
 # Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
 # same command started again goes on from the run's newest checkpoint.
 set -euo pipefail

@@ -4,7 +4,7 @@
 #   HF_MODEL=/models/Qwen2.5-32B PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
 #   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen2.5_32b.sh             # and so on, on every node
 #
-# The smallest cluster that fits is NNODES=2: see docs/launching.md, and `python tools/plan_run.py --help` for others.
+# The smallest cluster that fits is NNODES=2 with --rollout-max-running 32; tools/plan_run.py forecasts others.
 # Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
 # same command started again goes on from the run's newest checkpoint.
 set -euo pipefail
@@ -19,7 +19,7 @@ MODEL=(--hf-model "$HF_MODEL" --bf16)
 PARALLEL=(
     --tensor-model-parallel-size 8 # one of 8 KV heads a GPU; weights and fp32 gradients take 24.6 of 80 GB
     --sequence-parallel            # what lies between the matrix products is cut by 8 too
-    --pipeline-model-parallel-size 1 # about 10 micro-batches an update: a second stage would idle a tenth of the time
+    --pipeline-model-parallel-size 1 # some 15 micro-batches an update: a second stage would idle for a fifteenth
     --context-parallel-size 1      # one sequence of 22,528 tokens fits; raise it for longer responses
     --use-distributed-optimizer    # 12 bytes a parameter over 16 replicas: 3.1 GB a GPU
     --overlap-grad-reduce --overlap-param-gather

@@ -4,7 +4,7 @@
 #   HF_MODEL=/models/Qwen2.5-Math-7B PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
 #   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen2.5_7b_math.sh         # and so on, on every node
 #
-# It fits on one node (NNODES=1) as it is: see docs/launching.md, and `python tools/plan_run.py --help` for others.
+# It fits on one node (NNODES=1) as it is; tools/plan_run.py forecasts others.
 # Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
 # same command started again goes on from the run's newest checkpoint.
 set -euo pipefail

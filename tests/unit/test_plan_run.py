@@ -12,7 +12,7 @@ import plan_run  # noqa: E402
 
 
 @pytest.fixture
-def plan(capsys):
+def plan(tmp_path, capsys):
     """plan(*flags, code=0) -> the numbers of the command."""
 
     def run(*flags: object, code: int = 0) -> dict:
@@ -86,7 +86,7 @@ def test_stages_and_context_share_what_one_replica_holds(plan):
     cut = plan("--gpus", 128, "--pipeline-model-parallel-size", 2, "--context-parallel-size", 2)["memory_gb"]
     assert cut[plan_run.NONE] == pytest.approx(whole[plan_run.NONE] / 2)
     assert cut["weights (bf16)"] == pytest.approx(whole["weights (bf16)"] / 2, rel=1e-5)  # each end has an embedding
-    # half the weights, over four replicas and both context-parallel ranks: half of the ranks of before
+    # half the weights over half as many ranks: four replicas of two context-parallel ranks instead of 16
     name = "optimizer (fp32 weights and moments, sharded)"
     assert cut[name] == pytest.approx(whole[name], rel=1e-5)
 

@@ -80,13 +80,18 @@ def megatron_arguments(hf_dir: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the folder is incomplete, or the model uses something that we do not support.
     """
-    config = read_hf_config(hf_dir)
+    arguments = architecture(hf_dir)
     weight_files(hf_dir)
     if not any((Path(hf_dir) / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"{hf_dir} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)}): download the model's tokenizer files."
         )
-    path = Path(hf_dir) / "config.json"
+    return arguments
+
+
+def architecture(hf_dir: str | Path) -> dict[str, Any]:
+    """The same from config.json alone. Raises UserError, too."""
+    config, path = read_hf_config(hf_dir), Path(hf_dir) / "config.json"
     _refuse_unsupported(config, path)
     try:
         heads = config["num_attention_heads"]

@@ -46,7 +46,7 @@ from megatron_fipo.checkpoint.parity import Parity, compare  # noqa: E402
 from megatron_fipo.checkpoint.torch_dist import TorchDistWeights  # noqa: E402
 from megatron_fipo.errors import UserError  # noqa: E402
 from megatron_fipo.model.build import model_provider  # noqa: E402
-from megatron_fipo.model.hf_config import architecture  # noqa: E402
+from megatron_fipo.model.hf_config import architecture, megatron_arguments  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIDE_FILES = "hf"  # folder in an imported checkpoint
@@ -104,6 +104,7 @@ def own_dtype(hf_dir: Path) -> torch.dtype:
 def import_hf(hf_dir: Path, out: Path, dtype: torch.dtype | None, flags: Sequence[str]) -> dict[str, Any]:
     """Hugging Face -> torch_dist. Collective over the ranks of the launch."""
     check_new(out)
+    megatron_arguments(hf_dir)  # names what the folder lacks
     stored = dtype or own_dtype(hf_dir)
     args, chunks = build_model(hf_dir, stored, flags)
     load_hf_weights(chunks, hf_dir)
@@ -139,8 +140,11 @@ def export_hf(megatron: Path, hf_dir: Path | None, out: Path, dtype: torch.dtype
 def verify(
     hf_dir: Path, megatron: Path, prompts: Path | None, dtype: torch.dtype | None, flags: Sequence[str]
 ) -> Parity:
-    """Compare logits and layers. Collective over the ranks of the launch."""
-    compute = dtype or own_dtype(hf_dir)
+    """Compare logits and layers. Collective over the ranks of the launch.
+
+    Computes in the source's dtype; in fp32 if there are experts, since in bf16 rounding sends tokens to other experts.
+    """
+    compute = dtype or (torch.float32 if "num_experts" in architecture(hf_dir) else own_dtype(hf_dir))
     weights = TorchDistWeights(megatron, hf_dir)
     if int(os.environ.get("RANK", "0")) == 0:
         for _ in weights.hf_tensors():  # names what is damaged; Megatron's loader would not
@@ -162,7 +166,7 @@ def encode(prompts: Path, hf_dir: Path) -> torch.Tensor:
     if not lines:
         raise UserError(f"--prompts {prompts} holds no prompt: give a file with one prompt a line")
     tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-    rows = [torch.tensor(tokenizer(line)["input_ids"]) for line in lines]
+    rows = [torch.tensor(tokenizer(line)["input_ids"], dtype=torch.long) for line in lines]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 

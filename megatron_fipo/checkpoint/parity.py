@@ -124,7 +124,8 @@ def _megatron(chunks: Sequence[torch.nn.Module], tokens_BL: Tensor) -> dict[str,
 
 def _keep(module: torch.nn.Module, name: str, kept: dict[str, Tensor]) -> Any:
     def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-        kept[name] = output[0] if isinstance(output, tuple) else output
+        value = output[0] if isinstance(output, tuple) else output
+        kept[name] = value.clone()  # the schedule empties what it has sent on
 
     return module.register_forward_hook(hook)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_fipo.data.planning import UpdatePlan, plan_step
 from megatron_fipo.errors import UserError
-from megatron_fipo.loss import FipoConfig
+from megatron_fipo.loss import CorrectionConfig, FipoConfig
 from megatron_fipo.model.cost import CostModel
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.engine import SamplingParams
@@ -30,6 +30,14 @@ def loss_config(args: argparse.Namespace) -> FipoConfig:
         )
     except ValueError as error:
         raise UserError(f"--fipo-* and --grpo-clamp-eps-*: {error}") from error
+
+
+def correction_config(args: argparse.Namespace) -> CorrectionConfig:
+    """The importance correction's settings. Raises UserError for a value out of range."""
+    try:
+        return CorrectionConfig.parse(args.rollout_correction)
+    except ValueError as error:
+        raise UserError(f"--rollout-correction: {error}") from error
 
 
 def cost_model(args: argparse.Namespace) -> CostModel:

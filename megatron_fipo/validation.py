@@ -1,14 +1,14 @@
 """Everything about a command line that can be known to be wrong before anything starts."""
 
 import argparse
+import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
-from megatron_fipo.observe.run_folder import RunFolder
-from megatron_fipo.settings import loss_config
+from megatron_fipo.settings import correction_config, loss_config
 
 _REFUSED = {
     "--perform-rl-step": "megatron_fipo runs its own loop; leave it out",
@@ -18,16 +18,23 @@ _REFUSED = {
     "--micro-batch-size": "micro-batches are packs; use --max-tokens-per-microbatch",
     "--seq-length": "it follows from --max-prompt-tokens and --rollout-max-tokens",
     "--save": "checkpoints go to RUNS_DIR/RUN_NAME/checkpoints; use --runs-dir and --run-name",
-    "--async-save": "checkpoints are written synchronously; leave it out",
+    "--save-retain-interval": "use --keep-last",
+    "--async-strategy": "--async-save forks one writer per rank; leave it out",
+    "--use-persistent-ckpt-worker": "--async-save forks one writer per rank; leave it out",
+    "--ckpt-format": "checkpoints are torch_dist; leave it out",
+    "--verify-integrity": "checkpoints are always verified; leave it out",
     "--ckpt-step": "--load takes the newest whole checkpoint; remove newer ones to go further back",
     "--pretrained-checkpoint": "use --load DIR --finetune",
     "--tokenizer-type": "the tokenizer comes from --hf-model",
     "--tokenizer-model": "the tokenizer comes from --hf-model",
+    "--rollout-top-p": "training samples are drawn from the whole distribution; see --eval-top-p",
+    "--rollout-top-k": "training samples are drawn from the whole distribution",
     "--fp16": "use --bf16, which needs no loss scaling",
 }
 _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
-    "--exit-": "a run ends after --num-steps",
+    "--exit-": "a run ends after --num-steps, and on SIGTERM or SIGUSR1 with all it has",
+    "--non-persistent-": "use --save-interval and --keep-last",
     "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
@@ -56,6 +63,7 @@ _POSITIVE = (
     "rollout_max_tokens",
     "rollout_max_batches",
     "rollout_max_running",
+    "weight_sync_bucket_mb",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
@@ -84,6 +92,7 @@ def check(args: argparse.Namespace) -> None:
     _check_batch(args)
     _check_algorithm(args)
     _check_parallel(args)
+    _check_engine(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
     if not args.hf_model:
@@ -92,7 +101,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--prompt-data is missing: give at least one JSONL file of prompts")
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
-    _check_run_folder(args)
     _check_save_hf(args)
 
 
@@ -123,19 +131,6 @@ def _check_rollout_folders(args: argparse.Namespace) -> None:
         )
     if args.rollout_only and any(Path(args.rollout_only).glob("step_*[0-9]")):
         raise UserError(f"--rollout-only {args.rollout_only} already holds rollouts; give a new folder")
-
-
-def _check_run_folder(args: argparse.Namespace) -> None:
-    """A run's records and checkpoints are never started over, and only its own checkpoints continue it."""
-    run = RunFolder(Path(args.runs_dir), args.run_name)
-    if args.load:
-        check_loadable(args.load, finetune=args.finetune)
-    continues = args.load and not args.finetune and Path(args.load).resolve() == run.checkpoints.resolve()
-    if (run.metrics.exists() or run.checkpoints.exists()) and not (continues or args.dry_run or args.rollout_only):
-        raise UserError(
-            f"{run.path} already holds a run; continue it with --load {run.checkpoints}, choose another --run-name, "
-            f"or remove the folder"
-        )
 
 
 def _check_save_hf(args: argparse.Namespace) -> None:
@@ -187,6 +182,7 @@ def _check_algorithm(args: argparse.Namespace) -> None:
             f"--fipo-weight-low {args.fipo_weight_low} and --fipo-weight-high {args.fipo_weight_high} must enclose 1"
         )
     loss_config(args)
+    correction_config(args)
     if not args.rollout_temperature > 0:
         raise UserError(
             f"--rollout-temperature {args.rollout_temperature} must be positive; greedy rollouts have no contrast"
@@ -203,6 +199,36 @@ def _check_algorithm(args: argparse.Namespace) -> None:
 def model_parallel_size(args: argparse.Namespace) -> int:
     """Ranks that hold one replica of the model."""
     return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+
+
+def _check_engine(args: argparse.Namespace) -> None:
+    given = [f for f in ("--sglang-servers", "--sglang-url") if getattr(args, f[2:].replace("-", "_")) is not None]
+    if args.rollout_engine != "sglang":
+        if given or args.sglang_flags:
+            flag = (*given, *(f"--sglang-{f[2:]}" for f in args.sglang_flags))[0]
+            raise UserError(f"{flag} needs --rollout-engine sglang")
+        return
+    if len(given) != 1:
+        raise UserError(
+            "--rollout-engine sglang needs either --sglang-servers N (start N on each node) or --sglang-url URL..."
+        )
+    if args.sglang_url is not None:
+        if args.sglang_flags or args.sglang_port:
+            flag = args.sglang_flags[0][2:] if args.sglang_flags else "port"
+            raise UserError(f"--sglang-{flag} is for servers that are started here; give it to those of --sglang-url")
+        for url in args.sglang_url:
+            if not re.fullmatch(r"https?://[^/\s]+/?", url):
+                raise UserError(f"--sglang-url {url} is no server's address; give e.g. http://10.0.0.5:30000")
+        return
+    if args.sglang_servers < 1:
+        raise UserError(f"--sglang-servers {args.sglang_servers} must be at least 1")
+    if args.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) and args.sglang_host == "127.0.0.1":
+        raise UserError(
+            "--sglang-host 127.0.0.1 cannot be reached from the other nodes; name the interface that joins them, "
+            "e.g. eth0"
+        )
+    if importlib.util.find_spec("sglang") is None and not args.dry_run:
+        raise UserError("--sglang-servers: SGLang is not installed; run 'make sglang', or use a container that has it")
 
 
 def _check_parallel(args: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ Shape suffixes: _T packed positions, _S sequences, _S1 sequence boundaries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,17 @@ _DUMMY = Sample(
 )
 
 
+@dataclass(frozen=True)
+class RoutingRecord:
+    """The experts chosen for one pack's tokens on this rank, filled in as old_logp's passes choose them.
+
+    ``experts``: for each model chunk that has routed the pack (by its number), one tensor [tokens, top-k] for each of
+    its routers, in the smallest dtype that holds an expert's number. Empty for a dense model.
+    """
+
+    experts: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """One micro-batch of one data-parallel replica, or one context-parallel rank's share of its tokens (:meth:`shard`).
@@ -38,8 +50,10 @@ class PackedBatch:
 
     tokens_T, labels_T, position_ids_T  int64;  response_mask_T  bool
     rollout_logp_T  fp32, the engine's log-probs;  old_logp_T  fp32, the trainer's (None until computed)
+    token_weight_T  fp32, the importance correction (None: no correction)
     advantage_S  fp32;  loss_scale_S  fp32, the weight of each sequence's loss sum (None: token normalisation)
     cu_seqlens_S1, cu_seqlens_padded_S1  int32;  sample_ids_S, group_ids_S  int64
+    routing  shared by all copies of the batch
     """
 
     tokens_T: Tensor
@@ -54,6 +68,8 @@ class PackedBatch:
     cu_seqlens_padded_S1: Tensor
     sample_ids_S: Tensor
     group_ids_S: Tensor
+    token_weight_T: Tensor | None = None
+    routing: RoutingRecord = field(default_factory=RoutingRecord)
 
     def with_old_logp(self, old_logp_T: Tensor) -> "PackedBatch":
         """The same batch with the trainer's log-probs under the rollout's weights, fp32 [T]."""
@@ -69,8 +85,11 @@ class PackedBatch:
 
     def to(self, device: torch.device | int | str) -> "PackedBatch":
         """The same batch on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: t.to(device, non_blocking=True) for k, t in tensors.items() if t is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def pack(

@@ -148,7 +148,6 @@ def _mixture_of_experts(config: dict[str, Any]) -> dict[str, Any]:
         "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
         "moe_router_dtype": "fp32",
         "moe_enable_routing_replay": True,  # the updates take the experts of old_logp, see model/router_replay.py
-        "moe_token_dispatcher_type": "alltoall",
         # No balancing loss: the gradient is the policy's alone, and pre-training has balanced the experts.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.loss import FipoConfig, LossStatistics
 from megatron_fipo.model.logprob import packed_log_probs
+from megatron_fipo.model.router_replay import RoutingReplay
 from megatron_fipo.ops import has_kernels_for
 from megatron_fipo.parallel.loss import context_parallel_fipo_loss
 
@@ -43,6 +44,10 @@ class Policy:
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.gather_weights()
 
+    @functools.cached_property
+    def _routing(self) -> RoutingReplay:
+        return RoutingReplay(self.chunks)
+
     def gather_weights(self) -> None:
         """Make every rank hold all its weights, which ``--overlap-param-gather`` leaves to the next forward pass.
 
@@ -62,9 +67,10 @@ class Policy:
 
         def forward(batches: Any, model: Any) -> tuple[Any, Any]:
             batch = next(batches)
-            output = packed_log_probs(
-                model, batch, temperature=self.temperature, vocab_size=self.vocab_size, with_entropy=True
-            )
+            with self._routing.recording(model, batch.routing):
+                output = packed_log_probs(
+                    model, batch, temperature=self.temperature, vocab_size=self.vocab_size, with_entropy=True
+                )
 
             def keep(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Any]:
                 logp_T, entropy_T = output
@@ -93,7 +99,8 @@ class Policy:
 
         def forward(batches: Any, model: Any) -> tuple[Any, Any]:
             batch = next(batches)
-            logp_T = packed_log_probs(model, batch, temperature=self.temperature, vocab_size=self.vocab_size)
+            with self._routing.replaying(model, batch.routing):
+                logp_T = packed_log_probs(model, batch, temperature=self.temperature, vocab_size=self.vocab_size)
 
             def loss(logp_T: Tensor) -> tuple[Tensor, Tensor, Any]:
                 assert batch.old_logp_T is not None, "old log-probs come before updates"
@@ -105,6 +112,7 @@ class Policy:
                     batch.cu_seqlens_padded_S1,
                     loss_config,
                     self.context,
+                    token_weight_T=batch.token_weight_T,
                     loss_scale_S=batch.loss_scale_S,
                     backend="compiled" if has_kernels_for(logp_T.device.type) else "torch",
                 )
@@ -116,6 +124,7 @@ class Policy:
 
         device = micro_batches[0].tokens_T.device
         statistics = self._run(forward, micro_batches, forward_only=False)
+        self._routing.clear()
         _, grad_norm, _ = self.optimizer.step()
         return functools.reduce(LossStatistics.merge, statistics, LossStatistics.empty(device)), float(grad_norm)
 

@@ -5,27 +5,6 @@ and ratios and future-KL sums take the jump for a change of the policy. The pass
 router's choice, and every pass of the updates takes the recorded experts, with the weights that the router gives them
 now: the gradient flows through the router as before.
 
-How a policy uses it, for a replica of any layout (each rank records and replays the tokens that it routes itself)::
-
-    replay = RoutingReplay(chunks)
-    records = [RoutingRecord() for _ in packs]
-
-    def old_logp_step(iterator, model):           # called for each pack and, with virtual stages, each chunk
-        pack, record = next(iterator)
-        with replay.recording(model, record):
-            logp_T = packed_log_probs(model, pack, ...)
-        ...
-
-    def update_step(iterator, model):
-        pack, record = next(iterator)
-        with replay.replaying(model, record):
-            logp_T = packed_log_probs(model, pack, ...)
-        ...
-
-    schedule(old_logp_step, [iter(zip(packs, records)) for _ in chunks], forward_only=True)
-    schedule(update_step, [iter(zip(packs, records)) for _ in chunks], forward_only=False)
-    replay.clear()                                # after each update, before anything else runs the model
-
 A record belongs to a pack and is good for every update on it. Between the forward passes of an update Megatron's
 schedule runs backward passes, whose recomputation must route as its forward pass did; that is why the routers keep
 replaying until ``clear``. For a dense model, or without ``--moe-enable-routing-replay``, everything here does nothing.
@@ -33,24 +12,13 @@ replaying until ``clear``. For a dense model, or without ``--moe-enable-routing-
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.utils import get_model_config
-from torch import Tensor
 
-
-@dataclass(frozen=True)
-class RoutingRecord:
-    """The experts chosen for one pack's tokens on this rank.
-
-    ``experts``: for each model chunk that has routed the pack (by its number), one tensor [tokens, top-k] for each of
-    its routers, in the smallest dtype that holds an expert's number.
-    """
-
-    experts: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+from megatron_fipo.data.packing import RoutingRecord
 
 
 class RoutingReplay:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_fipo.model.generation import GenerationModel
@@ -16,6 +15,7 @@ from megatron_fipo.rollout.sampling import sample
 
 # Finished rows leave the batch once they are this share of it: moving the cache costs less than a decoding step.
 COMPACT_SHARE = 1 / 16
+POLL_TOKENS = 32
 
 
 class EmbeddedEngine:
@@ -30,7 +30,7 @@ class EmbeddedEngine:
     def __init__(self, model_chunks: Sequence[torch.nn.Module], vocab_size: int, max_batch: int, pad_id: int) -> None:
         """
         Args:
-            model_chunks: what Megatron's set-up returned (wrapped or not), with their weights. Collective.
+            model_chunks: what Megatron's set-up returned, wrapped or not.
             vocab_size: real vocabulary; the padded rows behind it are never sampled.
             max_batch: rows that generate together.
             pad_id: fills short prompts; any valid token.
@@ -39,14 +39,8 @@ class EmbeddedEngine:
             UserError: the model is built in a way that cannot generate, see GenerationModel.
         """
         self._model = GenerationModel(model_chunks, vocab_size)
-        self._late_weights = [
-            chunk
-            for chunk in model_chunks
-            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather
-        ]
         self._max_batch = max_batch
         self._pad_id = pad_id
-        self.update_weights(0)
 
     @torch.no_grad()
     def generate(
@@ -55,6 +49,7 @@ class EmbeddedEngine:
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
         """Return one completion for each (prompt, seed), in order; see RolloutEngine.
 
@@ -69,26 +64,27 @@ class EmbeddedEngine:
         with self._model.generating():
             for number in range(waves):
                 wave = _part(share, number, waves)
-                done += self._generate_wave(
+                completed = self._generate_wave(
                     [tuple(prompts[i]) for i in wave],
                     [seeds[i] for i in wave],
                     sampling,
                     lambda n: on_finished(n * context.size()) if on_finished else None,
+                    given_up,
                 )
+                if completed is None:
+                    break
+                done += completed
         if context.size() > 1:
             shares: list[list[Completion]] = [[] for _ in range(context.size())]
             dist.all_gather_object(shares, done, group=context)
             done = [completion for share in shares for completion in share]
+        if len(done) < len(order):
+            return []
         completions = dict(zip(order, done, strict=True))
         return [completions[i] for i in range(len(prompts))]
 
     def update_weights(self, version: int) -> None:
-        """The weights are the trainer's. With ``--overlap-param-gather`` fetch what other ranks have updated.
-
-        Megatron would fetch it in the first forward pass; a replica without a prompt runs none. Collective.
-        """
-        for chunk in self._late_weights:
-            chunk.start_param_sync(force_sync=True)
+        """Nothing to do: the weights are the trainer's."""
 
     def sleep(self) -> None:
         """Nothing to do: caches live only inside `generate`."""
@@ -105,8 +101,12 @@ class EmbeddedEngine:
         seeds: list[int],
         sampling: SamplingParams,
         on_finished: Callable[[int], None],
-    ) -> list[Completion]:
-        """Complete `prompts` together; without any, run the passes that the other ranks of the experts wait for."""
+        given_up: Callable[[], bool],
+    ) -> list[Completion] | None:
+        """Complete `prompts` together; without any, run the passes that the other ranks of the experts wait for.
+
+        None: given up.
+        """
         alive = len(prompts)
         if not alive:
             prompts, seeds = [(self._pad_id,)], [0]
@@ -119,6 +119,8 @@ class EmbeddedEngine:
         logp_BN = torch.zeros(len(prompts), sampling.max_tokens, device=device)
         count = alive
         for n in range(sampling.max_tokens):
+            if n % POLL_TOKENS == 0 and given_up():
+                return None
             token_B = torch.empty_like(rows.seed_B)
             if logits_BV is not None:  # on the last stage
                 token_B, logp_BN[rows.output_B, n] = sample(logits_BV, rows.seed_B, n, sampling)

@@ -26,24 +26,24 @@ from megatron_fipo.checkpoint.hf import load_hf_weights
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.hf_config import megatron_arguments
+from megatron_fipo.model.policy import Policy
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
 
-VOCAB, MAX_BATCH = 93, 5
+VOCAB, MAX_BATCH = 93, 4
 TP2, CP2, PP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "context", "pipeline-model"))
 EP2 = "--expert-model-parallel-size 2"
 UNEVEN = "--decoder-first-pipeline-num-layers 2"  # the models have three layers
 FOUR_CHUNKS = "--pipeline-model-parallel-layout Et|t|t|L"  # the last one holds no layer
 LAYOUTS = {
-    "TP2": ("qwen3", TP2),
     "TP2 SP": ("qwen2 qwen3", f"{TP2} --sequence-parallel"),
     "TP4 SP": ("qwen3", "--tensor-model-parallel-size 4 --sequence-parallel"),  # more ranks than key/value heads
     "PP2": ("qwen2 qwen3", f"{PP2} {UNEVEN}"),
-    "PP4": ("qwen2 qwen3", f"--pipeline-model-parallel-size 4 {FOUR_CHUNKS}"),
+    "PP4": ("qwen2", f"--pipeline-model-parallel-size 4 {FOUR_CHUNKS}"),
     "PP2 VPP2": ("qwen2 qwen3", f"{PP2} {FOUR_CHUNKS}"),
-    "CP2": ("qwen2 qwen3", CP2),
+    "CP2": ("qwen2", CP2),
     "CP4": ("qwen3", "--context-parallel-size 4"),
-    "TP2 SP PP2": ("qwen2 qwen3", f"{TP2} --sequence-parallel {PP2} {UNEVEN}"),
+    "TP2 SP PP2": ("qwen2", f"{TP2} --sequence-parallel {PP2} {UNEVEN}"),
     "TP2 SP PP2 VPP2": ("qwen3", f"{TP2} --sequence-parallel {PP2} {FOUR_CHUNKS}"),
     "PP2 CP2": ("qwen3", f"{PP2} {UNEVEN} {CP2}"),
     "TP2 SP CP2": ("qwen3", f"{TP2} --sequence-parallel {CP2}"),
@@ -61,7 +61,7 @@ def parse(hf_dir: str, flags: str):
         parser.set_defaults(**megatron_arguments(hf_dir))
         return parser
 
-    sys.argv = ["test", *LOCAL_FLAGS.split(), *flags.split()]
+    sys.argv = ["test", *LOCAL_FLAGS.split(), "--moe-token-dispatcher-type", "alltoall", *flags.split()]
     with contextlib.redirect_stdout(io.StringIO()):
         args = parse_args(defaults)
         args.padded_vocab_size = 96
@@ -105,14 +105,14 @@ def build(hf_dir: str, flags: str = ""):
 def requests():
     """Ragged prompts, some of them repeated, and their seeds."""
     generator = torch.Generator().manual_seed(0)
-    distinct = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 1, 17, 9, 30, 2, 12)]
+    distinct = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 1, 17, 30, 2)]
     prompts = [prompt for prompt in distinct for _ in range(2)]
     return prompts, [11 * i + 5 for i in range(len(prompts))]
 
 
 SAMPLINGS = {
-    "greedy": SamplingParams(16, temperature=0.0),
-    "sampled, stops": SamplingParams(16, temperature=0.9, top_p=0.95, stop_token_ids=tuple(range(3, 9))),
+    "greedy": SamplingParams(12, temperature=0.0),
+    "sampled, stops": SamplingParams(12, temperature=0.9, top_p=0.95, stop_token_ids=tuple(range(3, 9))),
 }
 
 
@@ -152,12 +152,12 @@ def settings(module: torch.nn.Module):
 def reference(hf_dir: str):
     done = generate_all(EmbeddedEngine(build(hf_dir), VOCAB, 64, pad_id=0), 0, 1)
     stopped = done["sampled, stops"]
-    assert {c.finish_reason for c in stopped} == {"stop", "length"} and len({len(c.tokens) for c in stopped}) > 5
+    assert {c.finish_reason for c in stopped} == {"stop", "length"} and len({len(c.tokens) for c in stopped}) > 3
     return done
 
 
 def check_overlapped_gather(hf_dir: str):
-    """After an update the engine has all weights, also where no forward pass would fetch them."""
+    """After an update rollouts see all new weights, also where no forward pass would fetch them."""
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     found = []
     for overlap in (False, True):
@@ -168,13 +168,14 @@ def check_overlapped_gather(hf_dir: str):
         chunk = DistributedDataParallel(model.config, settings, model)
         settings = OptimizerConfig(lr=1e-2, use_distributed_optimizer=True, overlap_param_gather=overlap)
         optimizer = get_megatron_optimizer(settings, [chunk])
+        policy = Policy([chunk], optimizer, None, VOCAB, 1.0, 128, parallel_state.get_context_parallel_group())
         engine = EmbeddedEngine([chunk], VOCAB, MAX_BATCH, pad_id=0)
         found.append(generate_all(engine, replica, replicas))
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
         assert optimizer.step()[0]
-        engine.update_weights(1)
+        policy.gather_weights()
         found.append(generate_all(engine, replica, replicas))
         if overlap:
             chunk.disable_forward_pre_hook()

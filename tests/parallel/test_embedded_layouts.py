@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = 26
+CASES = 22
 
 
 def test_every_layout_generates_what_one_process_does(hf_model):

@@ -22,7 +22,7 @@ from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout
 
 GROUPS, GROUP_SIZE, UPDATES, VOCAB = 6, 4, 3, 93
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
-SP = "--sequence-parallel"
+SP, EP, ETP = "--sequence-parallel", "--expert-model-parallel-size", "--expert-tensor-parallel-size"
 FLAGS = f"""
     --preset quickstart --num-steps 1 --grpo-prompts-per-step {GROUPS} --grpo-group-size {GROUP_SIZE}
     --no-rollout-dynamic-sampling --global-batch-size {GROUPS * GROUP_SIZE // UPDATES} --rollout-max-tokens 60
@@ -46,11 +46,25 @@ DENSE = {
     "PP2 CP2": (4, f"{PP} 2 {CP} 2"),
     "PP2 DP2 overlap": (4, f"{PP} 2 --overlap-grad-reduce --overlap-param-gather"),
     "recompute": (2, f"{CP} 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "group": (1, "--loss-normalization group"),
+    "group CP2 DP2": (4, f"--loss-normalization group {CP} 2"),
+    "sequence": (1, "--loss-normalization sequence"),
+    "sequence PP2 CP2": (4, f"--loss-normalization sequence {PP} 2 {CP} 2"),
     "one micro-batch": (1, "--max-tokens-per-microbatch 4096"),
     "many micro-batches": (1, "--max-tokens-per-microbatch 1"),
 }
-
-EP, ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
+# Saved after one step in one layout, continued in another; a case on all ranks lets the savers finish first.
+RESHARDED = {
+    "two steps": (1, "--num-steps 2"),
+    "saver TP2": (2, f"{TP} 2 {SP} --save-interval 1"),
+    "saver DP2": (2, "--save-interval 1 --async-save"),
+    "saver one": (1, "--save-interval 1"),
+    "two steps CP4": (4, f"--num-steps 2 {CP} 4"),
+    "TP2 to DP2": (2, "--num-steps 2 --load {runs}/saver_TP2/checkpoints"),
+    "DP2 to PP2": (2, f"--num-steps 2 --load {{runs}}/saver_DP2/checkpoints {PP} 2"),
+    "one to CP2": (2, f"--num-steps 2 --load {{runs}}/saver_one/checkpoints {CP} 2"),
+    "TP2 to TP2 PP2": (4, f"--num-steps 2 --load {{runs}}/saver_TP2/checkpoints {TP} 2 {SP} {PP} 2"),
+}
 MOE = {
     "one": (1, ""),
     "EP2": (2, f"{EP} 2"),
@@ -63,9 +77,9 @@ MOE = {
 }
 
 
-def written_rollout(folder: Path) -> None:
+def written_rollout(folder: Path, step: int) -> None:
     """Random samples of very different lengths, with holes in the masks; engine log-probs that disagree a little."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(step)
     groups, table = {}, torch.zeros(GROUPS, GROUP_SIZE, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
     for g in range(GROUPS):
         prompt = generator.integers(3, VOCAB, generator.integers(2, 20))
@@ -86,20 +100,25 @@ def written_rollout(folder: Path) -> None:
             table[g, i] = torch.tensor(GeneratedSamples.row(sample, False), dtype=torch.float64)
     alone = dist.group.WORLD
     replicas = Replicas(0, 1, alone, alone, (), torch.device("cpu"), leads=True)
-    write_rollout(str(folder), 1, Rollout.of(table, range(GROUPS), 0, groups, 1), replicas)
+    write_rollout(str(folder), step, Rollout.of(table, range(GROUPS), 0, groups, 1), replicas)
+
+
+def run_name(case: str) -> str:
+    return case.replace(" ", "_")
 
 
 def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -> dict[str, tuple[dict, dict]]:
     """Train every layout; {name: (metrics of the step, exported weights)}."""
-    written_rollout(folder / "rollouts")
+    for step in (1, 2):
+        written_rollout(folder / "rollouts", step)
     cases = {
         name: {
             "ranks": ranks,
             "argv": [
                 *f"--hf-model {hf_dir} --train-from-rollouts {folder / 'rollouts'} --runs-dir {folder}".split(),
-                *("--run-name", name, "--save-hf", str(folder / name / "hf")),
+                *("--run-name", run_name(name), "--save-hf", str(folder / run_name(name) / "hf")),
                 *FLAGS.split(),
-                *flags.split(),
+                *flags.format(runs=folder).split(),
             ],
         }
         for name, (ranks, flags) in layouts.items()
@@ -118,8 +137,8 @@ def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -
     )
     return {
         name: (
-            json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1]),
-            load_file(folder / name / "hf" / "model.safetensors"),
+            json.loads((folder / run_name(name) / "metrics.jsonl").read_text().splitlines()[-1]),
+            load_file(folder / run_name(name) / "hf" / "model.safetensors"),
         )
         for name in layouts
     }
@@ -143,7 +162,7 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
 @pytest.fixture(scope="module")
 def dense(megatron, hf_model, tmp_path_factory):
     folder, _ = hf_model("qwen3", tied=False, num_hidden_layers=4)
-    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE)
+    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE | RESHARDED)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +180,20 @@ def test_fipo_is_active_in_the_reference(dense):
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
-    check_equal(dense[layout], dense["one"], layout)
+    normalization = layout.split()[0]
+    check_equal(dense[layout], dense[normalization if normalization in ("group", "sequence") else "one"], layout)
+
+
+def test_normalizations_differ(dense):
+    losses = {dense[name][0]["actor/pg_loss"] for name in ("one", "group", "sequence")}
+    assert len(losses) == 3
 
 
 @pytest.mark.parametrize("layout", MOE)
 def test_a_mixture_of_experts_trains_alike_in_every_layout(layout, moe):
     check_equal(moe[layout], moe["one"], layout)
+
+
+@pytest.mark.parametrize("layout", [name for name in RESHARDED if name.startswith("two steps ") or " to " in name])
+def test_a_checkpoint_continues_in_another_layout(layout, dense):
+    check_equal(dense[layout], dense["two steps"], layout)

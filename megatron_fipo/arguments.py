@@ -1,6 +1,6 @@
 """Flags: Megatron's own, ours beside them, presets and the Hugging Face model as their defaults.
 
-Order of precedence, weakest first: Megatron's defaults, the machine (``_platform_defaults``), the preset, the model's
+Order of precedence, weakest first: Megatron's defaults, the machine (``platform_defaults``), the preset, the model's
 config.json, the command line.
 """
 
@@ -230,7 +230,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--preset", default=DEFAULT_PRESET)
     first.add_argument("--hf-model")
     chosen, _ = first.parse_known_args(argv)
-    parser.set_defaults(**_platform_defaults())
+    parser.set_defaults(**platform_defaults())
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))  # an unknown name fails below, as any bad choice does
     if chosen.hf_model:
         parser.set_defaults(**model_arguments(chosen.hf_model))
@@ -247,7 +247,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     check(args)
     _derive(args)
     if args.hf_model:
-        _validate_megatron(args)
+        validate_megatron(args)
     return args
 
 
@@ -259,7 +259,7 @@ def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
     return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
-def _platform_defaults() -> dict[str, Any]:
+def platform_defaults() -> dict[str, Any]:
     """What every RL run needs from Megatron, and what the machine at hand cannot do."""
     defaults: dict[str, Any] = {
         "micro_batch_size": 1,  # one pack
@@ -320,7 +320,8 @@ def _find_start(args: argparse.Namespace) -> None:
     args.load_run, args.finetune, args.start_note = start.load, start.weights_only, start.note
 
 
-def _validate_megatron(args: argparse.Namespace) -> None:
+def validate_megatron(args: argparse.Namespace) -> None:
+    """Derive the padded vocabulary and let Megatron check its arguments. Raises UserError with Megatron's reason."""
     # Megatron prints as it validates; stdout belongs to the run's own lines and to --dry-run's JSON.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:

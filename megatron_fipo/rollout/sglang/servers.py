@@ -20,6 +20,7 @@ from packaging.version import Version
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.sglang import launch, supervisor
+from megatron_fipo.rollout.sglang.flags import OLDEST_VERSION
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.server import (
     MalformedAnswer,
@@ -29,9 +30,6 @@ from megatron_fipo.rollout.sglang.server import (
     ServerLost,
     ServerRefused,
 )
-
-OLDEST_VERSION = "0.5.11"
-"""Up to 0.5.10 SGLang runs pickled code that reaches their sockets (CVE-2026-3059, -3060, -7301, -7304)."""
 
 # The key/value cache is bounded by tokens: a small fraction of the memory fails when other processes start meanwhile.
 _CPU_FLAGS = (

@@ -41,7 +41,7 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_trains_on_servers(layout, servers, trained_base, tmp_path):
+def test_it_trains_on_servers(layout, sglang_installed, trained_base, tmp_path):
     """It learns, the servers' log-probs are the trainer's before and after every update, and nothing is left."""
     flags = ("--rollout-engine", "sglang", "--sglang-servers", 2, "--check-weights", "--seed", 3, *LAYOUTS[layout])
     run = train(tmp_path, trained_base, "run", 14, *flags)
@@ -55,7 +55,7 @@ def test_it_trains_on_servers(layout, servers, trained_base, tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_accuracy_equals_the_embedded_engines(layout, servers, trained_base, tmp_path):
+def test_accuracy_equals_the_embedded_engines(layout, sglang_installed, trained_base, tmp_path):
     """Over three seeds, within two standard errors."""
     accuracy = {}
     for engine in ("embedded", "sglang"):

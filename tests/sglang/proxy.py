@@ -1,6 +1,7 @@
 """A proxy before a real server that spoils chosen answers, and counts what it spoiled."""
 
 import asyncio
+import contextlib
 import json
 import threading
 
@@ -103,29 +104,35 @@ class FaultyProxy:
         async with self._session.request(request.method, target, headers=headers, data=body) as answer:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             await response.prepare(request)
-            events: list[dict] = []
-            async for line in answer.content:
-                if line.startswith(b"data: {"):
-                    events.append(json.loads(line[6:]))
-                    await asyncio.sleep(self.delay_s)
-                if kind == "reset in mid-body" and events:
-                    await response.write(line[:40])
-                    request.transport.abort()
-                elif kind not in EVENT_FAULTS:
-                    await response.write(line)
-            if kind in EVENT_FAULTS:
-                for line in spoil(kind, events, self._last_answer):
-                    await response.write(b"data: " + line + b"\n\n")
-            elif request.path == "/generate":
-                self._last_answer = events
-            await response.write_eof()
+            with contextlib.suppress(ConnectionResetError):  # the client hangs up once it has what it wants
+                await self._answer(request, kind, answer, response)
         return response
+
+    async def _answer(
+        self, request: web.Request, kind: str, answer: aiohttp.ClientResponse, response: web.StreamResponse
+    ) -> None:
+        events: list[dict] = []
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                events.append(json.loads(line[6:]))
+                await asyncio.sleep(self.delay_s)
+                if not kind and events[-1]["meta_info"]["finish_reason"]:
+                    self._last_answer = events
+            if kind == "reset in mid-body" and events:
+                await response.write(line[:40])
+                request.transport.abort()
+            elif kind not in EVENT_FAULTS:
+                await response.write(line)
+        if kind in EVENT_FAULTS:
+            for line in spoil(kind, events, self._last_answer):
+                await response.write(b"data: " + line + b"\n\n")
+        await response.write_eof()
 
     def _fault(self, request: web.Request) -> str:
         if request.path != "/generate":
             return ""
         self.requests += 1
-        if self.faults == 0 or (self.kind == "another request's tokens" and not self._last_answer):
+        if self.faults == 0:
             return ""
         self.faults -= 1
         self.spoiled += 1

@@ -96,8 +96,9 @@ def test_a_spoiled_answer_is_asked_again(kind, proxied, servers, hf_model):
     """Two answers of each kind among good ones: every prompt is answered once, with tokens of its own."""
     _, hf = hf_model("qwen2", tied=False)
     server, proxy = proxied
-    proxy.kind, proxy.faults = kind, 2
     client = client_of(server, servers["qwen2"][1], stall_s=1.5)
+    generate(client, make_prompts(4, seed=1), SamplingParams(40, stop_token_ids=(EOS,)))
+    proxy.kind, proxy.faults = kind, 2
     prompts = make_prompts(12)
     completions = generate(client, prompts, SamplingParams(40, stop_token_ids=(EOS,)))
     check_completions(hf, prompts, completions)

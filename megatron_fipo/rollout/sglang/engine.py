@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import queue
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -53,8 +54,9 @@ class SGLangEngine:
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
-        """Return one completion for each (prompt, seed), in order; see RolloutEngine.
+        """Return one completion for each (prompt, seed), in order; see RolloutEngine. The leader decides on giving up.
 
         Raises RolloutFailed, UserError.
         """
@@ -62,9 +64,9 @@ class SGLangEngine:
             return []
         if not _leads():
             while (message := _from_leader(None)) is None:
-                pass
+                given_up()
         else:
-            message = self._generate(prompts, seeds, sampling, on_finished or (lambda n: None))
+            message = self._generate(prompts, seeds, sampling, on_finished or (lambda n: None), given_up)
             _from_leader(message)
         if isinstance(message, Exception):
             raise message
@@ -97,12 +99,15 @@ class SGLangEngine:
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback,
+        given_up: Callable[[], bool],
     ) -> list[Completion] | Exception:
         """Generate in a thread; here report progress, and tell the other ranks that it goes on, so that none of them
         waits longer than its process group allows."""
         events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        stopped = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            batch = pool.submit(asyncio.run, self._client.generate(prompts, seeds, sampling, events.put))
+            completions = self._client.generate(prompts, seeds, sampling, events.put)
+            batch = pool.submit(asyncio.run, _unless(stopped, completions))
             batch.add_done_callback(lambda _: events.put(None))
             heard = time.monotonic()
             while not batch.done() or not events.empty():
@@ -110,6 +115,9 @@ class SGLangEngine:
                     on_finished(events.get(timeout=_HEARTBEAT_S) or 0)
                 if time.monotonic() - heard > _HEARTBEAT_S:
                     _from_leader(None)
+                    if given_up():
+                        stopped.set()
+                        break
                     heard = time.monotonic()
         error = batch.exception()
         if isinstance(error, RolloutFailed | UserError):
@@ -138,6 +146,15 @@ class SGLangEngine:
         dist.broadcast_object_list(answering, src=0, device=_device())
         for i in answering[0]:
             self._fleet.pardon(self._fleet.servers[i])
+
+
+async def _unless(stopped: threading.Event, completions: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
+    """The completions, or an empty list soon after ``stopped`` was set; closed connections make the servers abort."""
+    task = asyncio.create_task(completions)
+    while not (await asyncio.wait([task], timeout=_HEARTBEAT_S / 4))[0]:
+        if stopped.is_set():
+            task.cancel()
+    return [] if task.cancelled() else task.result()
 
 
 async def _answering(servers: Sequence[Server], condemned: Mapping[Server, str]) -> list[int]:

@@ -82,11 +82,11 @@ class Server:
             os.killpg(self.process.supervisor.pid, signal.SIGKILL)
             self.process.supervisor.wait()
 
-    def log_tail(self, lines: int = 20) -> str:
+    def log_tail(self, lines: int = 12) -> str:
         """The last lines of its log, "" if the log is elsewhere."""
         if self.log_path is None:
             return ""
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(line[:300] for line in self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
     async def post(
         self, path: str, body: Mapping[str, Any] | None = None, deadline_s: float = 60.0, admin: bool = False

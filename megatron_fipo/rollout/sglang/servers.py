@@ -148,7 +148,7 @@ def _reserve(host: str, port: int) -> socket.socket:
 
 
 def _start(settings: StartSettings, index: int, port: int) -> Server:
-    address = ServerAddress(f"http://{settings.host}:{port}", secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+    address = ServerAddress(f"http://{settings.host}:{port}", secrets.token_hex(32), secrets.token_hex(32))
     cuda = torch.cuda.is_available()
     command = [sys.executable, "-m", launch.__name__, "--model-path", settings.model, "--dtype", settings.dtype]
     command += ["--random-seed", str(settings.seed + index), "--skip-tokenizer-init", "--incremental-streaming-output"]

@@ -87,6 +87,8 @@ class Recorder:
         examples = evaluation.examples if evaluation else ()
         self._writer.write_samples({"step": step, "when": "after", **record} for record in examples)
         self._writer.close()
+        if not self._folder.metrics.stat().st_size:
+            return  # stopped before there was anything to tell
         run = load_run(self._folder.path)
         numbers = headline(run)
         accuracies = {

@@ -7,9 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
-from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.settings import correction_config, loss_config
 
 _REFUSED = {
@@ -20,7 +18,11 @@ _REFUSED = {
     "--micro-batch-size": "micro-batches are packs; use --max-tokens-per-microbatch",
     "--seq-length": "it follows from --max-prompt-tokens and --rollout-max-tokens",
     "--save": "checkpoints go to RUNS_DIR/RUN_NAME/checkpoints; use --runs-dir and --run-name",
-    "--async-save": "checkpoints are written synchronously; leave it out",
+    "--save-retain-interval": "use --keep-last",
+    "--async-strategy": "--async-save forks one writer per rank; leave it out",
+    "--use-persistent-ckpt-worker": "--async-save forks one writer per rank; leave it out",
+    "--ckpt-format": "checkpoints are torch_dist; leave it out",
+    "--verify-integrity": "checkpoints are always verified; leave it out",
     "--ckpt-step": "--load takes the newest whole checkpoint; remove newer ones to go further back",
     "--pretrained-checkpoint": "use --load DIR --finetune",
     "--tokenizer-type": "the tokenizer comes from --hf-model",
@@ -28,11 +30,11 @@ _REFUSED = {
     "--rollout-top-p": "training samples are drawn from the whole distribution; see --eval-top-p",
     "--rollout-top-k": "training samples are drawn from the whole distribution",
     "--fp16": "use --bf16, which needs no loss scaling",
-    "--sequence-parallel": "it is not supported yet; leave it out",
 }
 _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
-    "--exit-": "a run ends after --num-steps",
+    "--exit-": "a run ends after --num-steps, and on SIGTERM or SIGUSR1 with all it has",
+    "--non-persistent-": "use --save-interval and --keep-last",
     "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
@@ -99,7 +101,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--prompt-data is missing: give at least one JSONL file of prompts")
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
-    _check_run_folder(args)
     _check_save_hf(args)
 
 
@@ -130,19 +131,6 @@ def _check_rollout_folders(args: argparse.Namespace) -> None:
         )
     if args.rollout_only and any(Path(args.rollout_only).glob("step_*[0-9]")):
         raise UserError(f"--rollout-only {args.rollout_only} already holds rollouts; give a new folder")
-
-
-def _check_run_folder(args: argparse.Namespace) -> None:
-    """A run's records and checkpoints are never started over, and only its own checkpoints continue it."""
-    run = RunFolder(Path(args.runs_dir), args.run_name)
-    if args.load:
-        check_loadable(args.load, finetune=args.finetune)
-    continues = args.load and not args.finetune and Path(args.load).resolve() == run.checkpoints.resolve()
-    if (run.metrics.exists() or run.checkpoints.exists()) and not (continues or args.dry_run or args.rollout_only):
-        raise UserError(
-            f"{run.path} already holds a run; continue it with --load {run.checkpoints}, choose another --run-name, "
-            f"or remove the folder"
-        )
 
 
 def _check_save_hf(args: argparse.Namespace) -> None:
@@ -178,9 +166,7 @@ def _check_batch(args: argparse.Namespace) -> None:
             f"and FIPO equal to DAPO; lower --global-batch-size to at most {samples // 2 // group * group} "
             f"or pass --allow-inactive-fipo"
         )
-    replicas = args.world_size // (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    )
+    replicas = args.world_size // model_parallel_size(args)
     if replicas and update % replicas:
         raise UserError(
             f"--global-batch-size {update} does not divide over {replicas} data-parallel replicas; "
@@ -208,6 +194,11 @@ def _check_algorithm(args: argparse.Namespace) -> None:
             f"--reward-overlong-buffer {args.reward_overlong_buffer} must be less than "
             f"--rollout-max-tokens {args.rollout_max_tokens}"
         )
+
+
+def model_parallel_size(args: argparse.Namespace) -> int:
+    """Ranks that hold one replica of the model."""
+    return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
 
 
 def _check_engine(args: argparse.Namespace) -> None:
@@ -241,18 +232,35 @@ def _check_engine(args: argparse.Namespace) -> None:
 
 
 def _check_parallel(args: argparse.Namespace) -> None:
-    for flag in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
-        if getattr(args, flag) != 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not supported yet; leave it at 1")
-    tensor = args.tensor_model_parallel_size
-    heads = args.num_attention_heads
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    heads, layers = args.num_attention_heads, args.num_layers
     if heads and heads % tensor:
         fits = [t for t in range(1, heads + 1) if heads % t == 0]
         raise UserError(
             f"--tensor-model-parallel-size {tensor} does not divide the model's {heads} attention heads; "
             f"use one of {fits}"
         )
-    if args.world_size % tensor:
+    if layers and pipeline > layers:
         raise UserError(
-            f"{args.world_size} ranks cannot hold --tensor-model-parallel-size {tensor}; start a multiple of it"
+            f"--pipeline-model-parallel-size {pipeline}: the model has only {layers} layers; use at most {layers}"
+        )
+    if args.sequence_parallel and tensor == 1:
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; leave it out")
+    size = model_parallel_size(args)
+    if args.world_size % size:
+        raise UserError(
+            f"{args.world_size} ranks cannot hold replicas of --tensor-model-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {args.context_parallel_size} = "
+            f"{size} ranks; start a multiple of {size}"
+        )
+    experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tensor) * pipeline
+    if args.num_experts and args.world_size % experts:
+        raise UserError(
+            f"{args.world_size} ranks cannot hold --expert-model-parallel-size {args.expert_model_parallel_size} x "
+            f"expert tensor parallel size x --pipeline-model-parallel-size {pipeline} = {experts} ranks; start a "
+            f"multiple of {experts}"
+        )
+    if not args.num_experts and args.expert_model_parallel_size > 1:
+        raise UserError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: the model has no experts; leave it out"
         )

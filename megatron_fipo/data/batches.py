@@ -17,7 +17,11 @@ from megatron_fipo.rollout.rollout import Rollout
 def make_micro_batches(
     plan: Sequence[UpdatePlan], rollout: Rollout, advantage_S: Tensor, loss: FipoConfig, replicas: Replicas
 ) -> list[list[PackedBatch]]:
-    """Send every sample to the replica that the plan gives it to, and pack what arrives: [update][micro-batch]."""
+    """Send every sample to the replica that the plan gives it to, and pack what arrives: [update][micro-batch].
+
+    A batch holds this rank's context-parallel share of its tokens.
+    """
+    context = replicas.context
     outgoing: list[dict[int, Sample]] = [{} for _ in range(replicas.size)]
     for update in plan:
         for destination, micro_batches in enumerate(update.micro_batches):
@@ -31,7 +35,10 @@ def make_micro_batches(
                 mb,
                 advantage_S[list(mb)],
                 None if scale_S is None else scale_S[list(mb)],
-            ).to(replicas.device)
+                update.alignment,
+            )
+            .shard(context.rank(), context.size())
+            .to(replicas.device)
             for mb in update.micro_batches[replicas.rank]
         ]
         for update in plan

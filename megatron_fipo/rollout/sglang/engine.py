@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import queue
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -54,8 +55,9 @@ class SGLangEngine:
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
-        """Return one completion for each (prompt, seed), in order; see RolloutEngine.
+        """Return one completion for each (prompt, seed), in order; see RolloutEngine. The leader decides on giving up.
 
         Raises RolloutFailed, UserError.
         """
@@ -63,9 +65,9 @@ class SGLangEngine:
             return []
         if not _leads():
             while (message := _from_leader(None)) is None:
-                pass
+                given_up()
         else:
-            message = self._generate(prompts, seeds, sampling, on_finished or (lambda n: None))
+            message = self._generate(prompts, seeds, sampling, on_finished or (lambda n: None), given_up)
             _from_leader(message)
         if isinstance(message, Exception):
             raise message
@@ -98,12 +100,15 @@ class SGLangEngine:
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback,
+        given_up: Callable[[], bool],
     ) -> list[Completion] | Exception:
         """Generate in a thread; here report progress, and tell the other ranks that it goes on, so that none of them
         waits longer than its process group allows."""
         events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        stopped = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            batch = pool.submit(asyncio.run, self._client.generate(prompts, seeds, sampling, events.put))
+            completions = self._client.generate(prompts, seeds, sampling, events.put)
+            batch = pool.submit(asyncio.run, _unless(stopped, completions))
             batch.add_done_callback(lambda _: events.put(None))
             heard = time.monotonic()
             while not batch.done() or not events.empty():
@@ -111,6 +116,9 @@ class SGLangEngine:
                     on_finished(events.get(timeout=_HEARTBEAT_S) or 0)
                 if time.monotonic() - heard > _HEARTBEAT_S:
                     _from_leader(None)
+                    if given_up():
+                        stopped.set()
+                        break
                     heard = time.monotonic()
         error = batch.exception()
         if isinstance(error, RolloutFailed | UserError):
@@ -145,6 +153,15 @@ class SGLangEngine:
             elif server in self._fleet.condemned and (server not in self._starting or not server.alive()):
                 self._starting.add(server)
                 server.restart()
+
+
+async def _unless(stopped: threading.Event, completions: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
+    """The completions, or an empty list soon after ``stopped`` was set; closed connections make the servers abort."""
+    task = asyncio.create_task(completions)
+    while not (await asyncio.wait([task], timeout=_HEARTBEAT_S / 4))[0]:
+        if stopped.is_set():
+            task.cancel()
+    return [] if task.cancelled() else task.result()
 
 
 async def _answering(servers: Sequence[Server], condemned: Mapping[Server, str]) -> list[int]:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets
+from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets, make_buffers
 from megatron_fipo.rollout.sglang.calls import Answer, Calls, failed, fault
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import Checksums, name_mismatch
@@ -73,6 +73,7 @@ class Sender:
         self._calls = Calls()
         self._group: UpdateGroup | None = None
         self._versions: dict[Server, str | None] = {}  # of the group's members, in its order: what each must report
+        self._buffers: list[Tensor] = []
         self._sums: Checksums | None = None
 
     def close(self) -> None:
@@ -210,15 +211,23 @@ class Sender:
     def transfer(self, stream: Iterator[tuple[str, Tensor]], version: str) -> bool:
         """Whether every server has loaded every bucket; if not, some are condemned and the group is dissolved."""
         self._sums = Checksums(self._tensor_names) if self._settings.check else None
+        capacity = self._settings.bucket_bytes
+        buffers = self._buffers or make_buffers(self._buckets, capacity, self._device)
+        if self._device.type == "cpu":  # new pages cost about as much as the wire; CUDA's allocator keeps its own
+            self._buffers = buffers
         on_wire: _Message | None = None
-        for number, (bucket, data) in enumerate(fill_buckets(stream, self._buckets, self._device), start=1):
+        for number, (bucket, data) in enumerate(fill_buckets(stream, self._buckets, buffers), start=1):
             if on_wire and not self._arrived(on_wire):
                 return False
             on_wire = self._send(bucket, data, number, version if number == len(self._buckets) else None)
             if self._sums:
                 for name, tensor in bucket.tensors(data):
                     self._sums.add(name, tensor)
-        return on_wire is not None and self._arrived(on_wire)
+            if bucket.nbytes > capacity:  # a tensor of the export itself, which lasts only until the next
+                if not self._arrived(on_wire):
+                    return False
+                on_wire = None
+        return on_wire is None or self._arrived(on_wire)
 
     def _send(self, bucket: Bucket, data: Tensor, number: int, version: str | None) -> _Message:
         assert self._group is not None

@@ -7,11 +7,12 @@ export PYTHONUNBUFFERED := 1
 # Nothing here asks a hub for models or data.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart env test test-fast test-long test-gpu bench bench-compare bench-gpu lint format clean
+.PHONY: help quickstart env sglang test test-fast test-long test-gpu bench bench-compare bench-gpu lint format clean
 
 help:
 	@echo "make quickstart   environment, build, base model, FIPO training on this machine, report"
 	@echo "make env          the environment ($(VENV)) and the build; does nothing if they are up to date"
+	@echo "make sglang       the SGLang rollout engine, into the same environment (an SGLang beside a GPU is used as it is)"
 	@echo "make test         the whole test suite;  make test-fast: unit tests;  make test-long: soaks and wide sweeps"
 	@echo "make test-gpu     on a machine with a GPU, with the torch that is there; make bench-gpu: how fast"
 	@echo "make bench        every benchmark beside its peers, as tables and JSON under $(BENCH_DIR)"
@@ -33,13 +34,24 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(shell find csrc -ty
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-test: env
+sglang: $(VENV)/.sglang
+
+# Without its CUDA packages, hence --no-deps. A GPU machine's own SGLang came with its kernels: it stays as it is.
+HAS_OWN_SGLANG := import importlib.util, sys, torch; \
+  sys.exit(not (torch.cuda.is_available() and importlib.util.find_spec("sglang")))
+
+$(VENV)/.sglang: $(VENV)/.built requirements/sglang.txt
+	@$(BIN)/python -c '$(HAS_OWN_SGLANG)' && echo "using the SGLang that is installed" \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
+	@touch $@
+
+test: env sglang
 	$(BIN)/python -m pytest -m "not long" tests
 
 test-fast: env
 	$(BIN)/python -m pytest -m "not long" tests/unit
 
-test-long: env
+test-long: env sglang
 	$(BIN)/python -m pytest -m long --timeout 3600 tests
 
 # On a GPU machine, with the python and torch that are there (PYTHON=...): neither `make env` nor a package index.

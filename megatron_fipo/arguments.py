@@ -11,18 +11,23 @@ import os
 import re
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.training import arguments as megatron_arguments
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_fipo.checkpoint.start import find_start
+from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
+from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
 from megatron_fipo.rewards.pool import DEFAULT_TIMEOUT
 from megatron_fipo.rewards.verify import RULES
-from megatron_fipo.validation import check, check_command_line
+from megatron_fipo.rollout.sglang.flags import split_flags
+from megatron_fipo.validation import check, check_command_line, model_parallel_size
 
 DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
 
@@ -124,7 +129,40 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--eval-top-p", type=float, help="top-p of evaluation samples (training samples use 1)")
     group.add_argument("--max-prompt-tokens", type=int, help="longer prompts are dropped and counted")
     group.add_argument(
-        "--rollout-engine", choices=["embedded"], default="embedded", help="embedded: the training weights"
+        "--rollout-engine",
+        choices=["embedded", "sglang"],
+        default="embedded",
+        help="embedded: the training weights; sglang: SGLang servers, which get the weights after every step",
+    )
+    group.add_argument("--sglang-servers", type=int, metavar="N", help="SGLang servers to start on each node")
+    group.add_argument("--sglang-url", nargs="+", metavar="URL", help="running SGLang servers to use instead")
+    group.add_argument(
+        "--sglang-host",
+        default="127.0.0.1",
+        metavar="INTERFACE",
+        help="where started servers listen: an interface or address. Any other --sglang-FLAG goes to them as --FLAG",
+    )
+    group.add_argument(
+        "--sglang-port", type=int, metavar="P", help="started servers take P, P+1, ...; default: free ones"
+    )
+    group.add_argument(
+        "--weight-sync-bucket-mb",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="weights go to servers in messages of MB",
+    )
+    group.add_argument(
+        "--weight-sync-deadline", type=float, default=120.0, metavar="S", help="a server that takes longer is given up"
+    )
+    group.add_argument(
+        "--weight-sync-pause",
+        choices=["abort", "retract", "in_place"],
+        default="retract",
+        help="requests in flight at a sync end, start again from their tokens, or go on with old keys and values",
+    )
+    group.add_argument(
+        "--check-weights", action="store_true", help="compare checksums of trainer and servers after every sync"
     )
     group.add_argument("--rollout-temperature", type=float, help="log-probs are those of logits / temperature")
     group.add_argument("--rollout-max-tokens", type=int, help="longest response")
@@ -137,6 +175,14 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="train only on groups with right and wrong answers, and generate until there are enough",
+    )
+    group.add_argument(
+        "--rollout-correction",
+        nargs="+",
+        default=[],
+        metavar="KIND:BOUND",
+        help="weigh tokens for the gap between engine and trainer: token-tis:C or sequence-tis:C, token-band:LOW:HIGH, "
+        "sequence-mask:LOW:HIGH (docs/weight_sync.md)",
     )
     group.add_argument("--rollout-only", metavar="DIR", help="write rollouts to DIR and do not train")
     group.add_argument("--train-from-rollouts", metavar="DIR", help="train on rollouts that --rollout-only wrote")
@@ -178,6 +224,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises UserError naming the flag, the value seen and the fix.
     """
     check_command_line(argv)
+    argv, sglang_flags = split_flags(argv)
     parser = build_parser()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_PRESET)
@@ -191,13 +238,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
+    args.sglang_flags = sglang_flags
     args.rank = int(os.environ.get("RANK", "0"))
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.dry_run:  # as if started on enough ranks for one replica
-        model_parallel = (
-            args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-        )
-        args.world_size = max(args.world_size, model_parallel)
+        args.world_size = max(args.world_size, model_parallel_size(args))
+    args.command_line = list(argv)
     check(args)
     _derive(args)
     if args.hf_model:
@@ -221,7 +267,7 @@ def _platform_defaults() -> dict[str, Any]:
         "dist_ckpt_optim_fully_reshardable": True,
         "ckpt_format": "torch_dist",
         "rerun_mode": "disabled",
-        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # packs differ in length, which Megatron's default cannot
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "use_distributed_optimizer": True,
@@ -230,7 +276,7 @@ def _platform_defaults() -> dict[str, Any]:
         "override_opt_param_scheduler": True,  # a resumed run may be given more steps
     }
     if torch.cuda.is_available():
-        return defaults | {"bf16": True}
+        return defaults | {"bf16": True, "moe_grouped_gemm": True}
     return defaults | {
         "transformer_impl": "local",
         "distributed_backend": "gloo",
@@ -251,9 +297,28 @@ def _derive(args: argparse.Namespace) -> None:
     args.lr_decay_iters = args.lr_decay_iters or max(args.num_steps, args.lr_warmup_iters + 1)
     args.seq_length = args.max_prompt_tokens + args.rollout_max_tokens
     args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
-    args.load_run, args.load = args.load, None  # we load after the model is built, see checkpoint/state.py
+    _find_start(args)
+    args.load = None  # we load after the model is built, see checkpoint/state.py
     if args.save_interval:
-        args.save = os.path.join(args.runs_dir, args.run_name, "checkpoints")
+        args.save = str(RunFolder(Path(args.runs_dir), args.run_name).checkpoints)
+
+
+def _find_start(args: argparse.Namespace) -> None:
+    run = RunFolder(Path(args.runs_dir), args.run_name)
+    if args.dry_run or args.rollout_only:  # the run's folder is not touched
+        if args.load:
+            check_loadable(args.load, finetune=args.finetune)
+        args.load_run, args.start_note = args.load, None
+        return
+    start = find_start(
+        run,
+        args.load,
+        finetune=args.finetune,
+        command_line=args.command_line,
+        num_steps=args.num_steps,
+        saves=bool(args.save_interval),
+    )
+    args.load_run, args.finetune, args.start_note = start.load, start.weights_only, start.note
 
 
 def _validate_megatron(args: argparse.Namespace) -> None:
@@ -263,7 +328,11 @@ def _validate_megatron(args: argparse.Namespace) -> None:
             args.padded_vocab_size = calculate_padded_vocab_size(
                 args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             )
+            # It accepts --async-save with a persistent worker only, which knows nothing of the patches in compat.
+            async_save, args.async_save = args.async_save, False
             megatron_arguments.validate_args(args)
+            args.async_save, args.async_strategy = async_save, "mcore"
+            args.variable_seq_lengths = True  # packs differ in length; validate_args resets it
         except AssertionError as error:
             failed = traceback.extract_tb(error.__traceback__)[-1].line
             raise UserError(f"Megatron refuses these flags: {str(error) or failed}") from error
@@ -275,7 +344,8 @@ def banner(args: argparse.Namespace) -> dict[str, str]:
     low, high = n["fipo_weight_range"]
     return {
         "model": args.hf_model,
-        "ranks": f"{n['world_size']}: data parallel {n['data_parallel']}, tensor parallel {n['tensor_parallel']}",
+        "ranks": f"{n['world_size']}: "
+        + ", ".join(f"{kind} parallel {n[f'{kind}_parallel']}" for kind in ("data", "tensor", "pipeline", "context")),
         "rollout": f"{n['prompts_per_step']} prompts x {n['group_size']} = {n['samples_per_step']:,} samples a step, "
         f"up to {n['max_response_tokens']:,} tokens each",
         "updates": f"{n['updates_per_step']} a step of {n['samples_per_update']:,} samples",
@@ -289,7 +359,6 @@ def banner(args: argparse.Namespace) -> dict[str, str]:
 def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
     """Every number that follows from the flags, as printed at the start and by --dry-run."""
     samples = args.grpo_prompts_per_step * args.grpo_group_size
-    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     return {
         "preset": args.preset,
         "loss": args.loss,
@@ -320,5 +389,5 @@ def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
         "tensor_parallel": args.tensor_model_parallel_size,
         "pipeline_parallel": args.pipeline_model_parallel_size,
         "context_parallel": args.context_parallel_size,
-        "data_parallel": args.world_size // model_parallel,
+        "data_parallel": args.world_size // model_parallel_size(args),
     }

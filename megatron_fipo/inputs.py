@@ -91,10 +91,15 @@ def _check_weights(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
 
 
 def _stop_token_ids(hf_model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokenizer's end of sequence, and what generation_config.json adds (chat models end a turn with another)."""
-    generation = Path(hf_model) / "generation_config.json"
-    listed = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    """The tokenizer's end of sequence and those that the model's files list (chat models end a turn with another).
+
+    An SGLang server stops at all of them, whether it is told to or not.
+    """
+    ids = {tokenizer.eos_token_id}
+    for file in (Path(hf_model) / name for name in ("generation_config.json", "config.json")):
+        listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        ids |= set(listed if isinstance(listed, list) else [listed])
+    ids -= {None}
     if not ids:
         raise UserError(
             f"--hf-model {hf_model} names no end-of-sequence token, so every response would run to its limit; "

@@ -53,6 +53,7 @@ class Recorder:
         rollout: Rollout,
         updates: Sequence[Sequence[PackedBatch]],
         entropy_sum: Tensor,
+        correction: dict[str, float],
         results: Sequence[tuple[LossStatistics, float]],
         learning_rate: float,
         evaluation: Evaluation | None,
@@ -69,6 +70,7 @@ class Recorder:
             "time": time.time(),
             **rollout_metrics(rollout),
             **policy,
+            **correction,
             **loss_metrics(statistics, [norm for _, norm in results]),
             "actor/lr": learning_rate,
             **throughput(rollout, times),
@@ -87,6 +89,8 @@ class Recorder:
         examples = evaluation.examples if evaluation else ()
         self._writer.write_samples({"step": step, "when": "after", **record} for record in examples)
         self._writer.close()
+        if not self._folder.metrics.stat().st_size:
+            return  # stopped before there was anything to tell
         run = load_run(self._folder.path)
         numbers = headline(run)
         accuracies = {

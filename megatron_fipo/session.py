@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,28 @@ from megatron.training import training
 from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import initialize_megatron
 
-from megatron_fipo.checkpoint import state as checkpoint
 from megatron_fipo.checkpoint.hf import load_hf_weights
+from megatron_fipo.checkpoint.state import Checkpoints, LoopState
+from megatron_fipo.data.planning import UpdatePlan
 from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.inputs import Inputs
-from megatron_fipo.loss import FipoConfig
+from megatron_fipo.loss import CorrectionConfig, FipoConfig
 from megatron_fipo.model.build import model_provider
-from megatron_fipo.model.cost import CostModel
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.observe.timers import PhaseTimer
 from megatron_fipo.observe.writers import MetricWriter
+from megatron_fipo.parallel.interruption import Interruption
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.recorder import Recorder
 from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.settings import collect_settings, cost_model, loss_config
+from megatron_fipo.settings import collect_settings, correction_config, loss_config, planner
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,14 @@ class Session:
     policy: Policy
     engine: RolloutEngine
     replicas: Replicas
-    state: checkpoint.LoopState
+    checkpoints: Checkpoints
+    interruption: Interruption
+    state: LoopState
     stream: PromptStream
     collect: CollectSettings
     loss: FipoConfig
-    cost: CostModel
+    correction: CorrectionConfig
+    plan: Callable[[Sequence[int]], list[UpdatePlan]]
     eval_sets: tuple[EvaluationSet, ...]
     eval_sampling: SamplingParams
     answers: Answers
@@ -69,17 +73,12 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     stream = PromptStream(inputs.prompts, args.seed, weights=args.prompt_weights)
     first = args.rank == 0
     console = Console(args.num_steps, enabled=first)
+    if args.start_note:
+        console.note(args.start_note)
     with _megatron_log(folder.path / "megatron.log" if first else Path(os.devnull)):
-        set_global_variables(args, build_tokenizer=False)
-        initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
-        chunks, optimizer, scheduler = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, model_provider(args)
-        )
-        state = _load(args, stream, chunks, optimizer, scheduler)
-    if state.step >= args.num_steps:
-        raise UserError(
-            f"--load {args.load_run} holds step {state.step} of --num-steps {args.num_steps}; raise --num-steps"
-        )
+        chunks, optimizer, scheduler = start_megatron(args)
+        checkpoints = Checkpoints(folder.checkpoints, args, chunks, optimizer, scheduler, args.keep_last, console.note)
+        state = _load(args, stream, checkpoints, chunks, optimizer)
     stream.cursor = state.prompt_cursor
     replicas = Replicas.current()
     timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -88,14 +87,19 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     writer = _open_writer(args, folder, state) if records else None
     stop = inputs.answers.stop_token_ids
     return Session(
-        policy=Policy(chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length),
-        engine=EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0),
+        policy=Policy(
+            chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
+        ),
+        engine=_open_engine(args, folder, chunks, replicas),
         replicas=replicas,
+        checkpoints=checkpoints,
+        interruption=Interruption(replicas.device),
         state=state,
         stream=stream,
         collect=collect_settings(args, stop),
         loss=loss,
-        cost=cost_model(args),
+        correction=correction_config(args),
+        plan=planner(args),
         eval_sets=inputs.eval_sets,
         eval_sampling=SamplingParams(args.rollout_max_tokens, 1.0, args.eval_top_p, stop),
         answers=inputs.answers,
@@ -105,29 +109,51 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     )
 
 
+def start_megatron(args: argparse.Namespace) -> tuple[list[Any], Any, Any]:
+    """Process groups, and the model with random weights: its chunks, optimizer and schedule."""
+    set_global_variables(args, build_tokenizer=False)
+    initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
+    return training.setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider(args))
+
+
 def _load(
-    args: argparse.Namespace, stream: PromptStream, chunks: list[Any], optimizer: Any, scheduler: Any
-) -> checkpoint.LoopState:
+    args: argparse.Namespace, stream: PromptStream, checkpoints: Checkpoints, chunks: list[Any], optimizer: Any
+) -> LoopState:
     """Weights from the Hugging Face folder, or a checkpoint; the state of the loop that goes with them."""
     if not args.load_run:
         load_hf_weights(chunks, args.hf_model)
         optimizer.reload_model_params()  # fp32 main copies, where there are any
-        return checkpoint.LoopState(prompts=stream.fingerprint)
+        return LoopState(prompts=stream.fingerprint)
     if args.finetune:
-        checkpoint.load_weights(args.load_run, args, chunks, optimizer)
-        return checkpoint.LoopState(prompts=stream.fingerprint)
-    state = checkpoint.load(args.load_run, args, chunks, optimizer, scheduler)
+        checkpoints.load_weights(Path(args.load_run))
+        return LoopState(prompts=stream.fingerprint)
+    state = checkpoints.load(Path(args.load_run))
     if args.prompt_data and state.prompts != stream.fingerprint:
         raise UserError(
             f"--load {args.load_run} was trained with another --prompt-data, --max-prompt-tokens or --seed, so its "
             f"place in the prompts means nothing here; give the same ones, or start from its weights with --finetune"
         )
+    if state.step > args.num_steps:
+        raise UserError(
+            f"--load {args.load_run} holds step {state.step}, beyond --num-steps {args.num_steps}; raise --num-steps"
+        )
     return state
 
 
-def _open_writer(args: argparse.Namespace, folder: RunFolder, state: checkpoint.LoopState) -> MetricWriter:
-    if state.step:
-        folder.truncate_after(state.step)
+def _open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], replicas: Replicas) -> RolloutEngine:
+    """The engine that --rollout-engine names; collective over all ranks."""
+    if args.rollout_engine == "embedded":
+        return EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
+    # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
+    from megatron_fipo.rollout.sglang.factory import open_engine, open_fleet, open_weight_sync
+
+    fleet = open_fleet(args, folder.path / "sglang")
+    return open_engine(args, fleet, open_weight_sync(args, chunks, fleet), replicas)
+
+
+def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) -> MetricWriter:
+    folder.truncate_after(state.step or -1)  # of an interrupted run that starts over, nothing stays
+    folder.summary.unlink(missing_ok=True)
     folder.write_arguments(vars(args))
     folder.write_environment()
     return MetricWriter(folder)

@@ -1,9 +1,12 @@
 """Typed settings from the parsed flags."""
 
 import argparse
+import functools
+from collections.abc import Callable, Sequence
 
+from megatron_fipo.data.planning import UpdatePlan, plan_step
 from megatron_fipo.errors import UserError
-from megatron_fipo.loss import FipoConfig
+from megatron_fipo.loss import CorrectionConfig, FipoConfig
 from megatron_fipo.model.cost import CostModel
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.engine import SamplingParams
@@ -29,16 +32,54 @@ def loss_config(args: argparse.Namespace) -> FipoConfig:
         raise UserError(f"--fipo-* and --grpo-clamp-eps-*: {error}") from error
 
 
+def correction_config(args: argparse.Namespace) -> CorrectionConfig:
+    """The importance correction's settings. Raises UserError for a value out of range."""
+    try:
+        return CorrectionConfig.parse(args.rollout_correction)
+    except ValueError as error:
+        raise UserError(f"--rollout-correction: {error}") from error
+
+
 def cost_model(args: argparse.Namespace) -> CostModel:
-    """What a sequence costs on this architecture; dense models."""
+    """What a sequence costs on this architecture."""
+    ffn_hidden_size = args.ffn_hidden_size
+    if args.num_experts:
+        width_of_experts = args.moe_router_topk * args.moe_ffn_hidden_size
+        with_experts = 1.0 if args.moe_layer_freq == 1 else sum(args.moe_layer_freq) / args.num_layers
+        ffn_hidden_size = with_experts * width_of_experts + (1 - with_experts) * args.ffn_hidden_size
     return CostModel(
         layers=args.num_layers,
         hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
         heads=args.num_attention_heads,
         kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         head_dim=args.kv_channels,
         vocab_size=args.padded_vocab_size,
+    )
+
+
+def sequence_alignment(args: argparse.Namespace) -> int:
+    """What the length of a packed sequence is a multiple of.
+
+    Context parallelism cuts each sequence into 2 x its size chunks; sequence parallelism cuts every rank's tokens.
+    """
+    tensor = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    context = args.context_parallel_size
+    return tensor * (2 * context if context > 1 else 1)
+
+
+def planner(args: argparse.Namespace) -> Callable[[Sequence[int]], list[UpdatePlan]]:
+    """Lengths of a step's samples -> which sample goes into which update, replica and micro-batch."""
+    pipeline = args.pipeline_model_parallel_size
+    return functools.partial(
+        plan_step,
+        samples_per_update=args.global_batch_size,
+        replicas=args.data_parallel_size,
+        max_tokens=args.max_tokens_per_microbatch,
+        cost=cost_model(args),
+        pipeline_stages=pipeline,
+        alignment=sequence_alignment(args),
+        micro_batch_multiple=pipeline if args.virtual_pipeline_model_parallel_size else 1,
     )
 
 

@@ -17,79 +17,92 @@ import torch.distributed as dist
 
 from megatron_fipo import compat
 from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
-from megatron_fipo.checkpoint import state as checkpoint
-from megatron_fipo.checkpoint.hf import save_hf
+from megatron_fipo.checkpoint.hf_write import save_hf
+from megatron_fipo.checkpoint.state import LoopState
 from megatron_fipo.data.batches import make_micro_batches
-from megatron_fipo.data.planning import plan_step
+from megatron_fipo.data.correction import correct_updates
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.inputs import read_inputs
 from megatron_fipo.loss import group_advantage
+from megatron_fipo.parallel.interruption import Interrupted
 from megatron_fipo.rollout.collect import OutOfContrast, collect, groups_to_generate
+from megatron_fipo.rollout.interruptible import InterruptibleEngine
 from megatron_fipo.rollout.replay import read_rollout, write_rollout
 from megatron_fipo.rollout.rollout import Rollout
 from megatron_fipo.session import Session, open_session
 
 
 def train(run: Session, args: argparse.Namespace) -> None:
-    """The algorithm. Raises OutOfContrast, with everything saved, when the prompts have nothing left to teach."""
+    """The algorithm. Raises, with everything saved, if it ends early.
+
+    Raises:
+        OutOfContrast: the prompts have nothing left to teach.
+        Interrupted: a signal asked to stop. The model changes in the update phase only, so until then it is the last
+            finished step's; a step that has begun to change it is finished.
+    """
     state, saved, evaluation, stopped = run.state, run.state.step, None, None
+    run.engine.update_weights(state.step)
     if state.step == 0:
         run.recorder.before(evaluate(run))
+    elif state.step == args.num_steps:  # interrupted between its last checkpoint and its last words
+        evaluation = evaluate(run)
     for step in range(state.step + 1, args.num_steps + 1):
         try:
+            run.checkpoints.poll()
+            run.interruption.check()
             with run.timer("rollout"):
                 rollout = next_rollout(run, args, step, state.contrast_rate)
                 if args.reward_overlong_filter:
                     rollout = rollout.without_truncated()
-        except OutOfContrast as error:
+        except (OutOfContrast, Interrupted) as error:
             stopped = error
             break
         run.engine.sleep()
 
         advantage_S = group_advantage(rollout.reward_S, rollout.group_ids_S)
-        plan = plan_step(
-            rollout.packed_length_S.tolist(),
-            args.global_batch_size,
-            run.replicas.size,
-            args.max_tokens_per_microbatch,
-            cost=run.cost,
-        )
+        plan = run.plan(rollout.packed_length_S.tolist())
         updates = make_micro_batches(plan, rollout, advantage_S, run.loss, run.replicas)
 
         learning_rate = run.policy.advance_schedule(args.global_batch_size)
         with run.timer("old_logp"):
             updates, entropy_sum = run.policy.add_old_log_probs(updates)
+            updates, correction = correct_updates(updates, plan, rollout, run.correction, run.loss, run.replicas)
         with run.timer("update"), run.console.progress("update", len(updates) * args.grpo_iterations) as progress:
             results = []
             for micro_batches in updates * args.grpo_iterations:
                 results.append(run.policy.update(micro_batches, run.loss))
                 progress.advance()
 
+        run.policy.gather_weights()
         run.engine.wake()
         run.engine.update_weights(step)
         due = step % args.eval_interval == 0 or step == args.num_steps
         evaluation = evaluate(run) if due else None
-        run.recorder.step(step, rollout, updates, entropy_sum, results, learning_rate, evaluation)
+        run.recorder.step(step, rollout, updates, entropy_sum, correction, results, learning_rate, evaluation)
         state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
         if args.save_interval and step % args.save_interval == 0:
-            save(run, args, state)
+            save(run, state)
             saved = step
 
-    if args.save_interval and saved < state.step:
-        save(run, args, state)
-    if args.save_hf:
+    interrupted = isinstance(stopped, Interrupted)
+    if saved < state.step and (args.save_interval or interrupted):
+        save(run, state)
+    run.checkpoints.finish()
+    if args.save_hf and not interrupted:
         save_hf(run.policy.chunks, args.hf_model, args.save_hf)
-    run.recorder.finish(state.step, args.seed, evaluation, status="out of contrast" if stopped else "finished")
+    status = "interrupted" if interrupted else "out of contrast" if stopped else "finished"
+    run.recorder.finish(state.step, args.seed, evaluation, status)
+    if interrupted:
+        run.console.note(f"interrupted by a signal; the same command goes on from step {state.step}")
     if stopped:
         raise stopped
 
 
-def save(run: Session, args: argparse.Namespace, state: checkpoint.LoopState) -> None:
+def save(run: Session, state: LoopState) -> None:
     """Write a checkpoint; its time shows in the next step's metrics, since this step's must be on disk before it."""
-    policy = run.policy
     with run.timer("checkpoint"):
-        checkpoint.save(args.save, state, policy.chunks, policy.optimizer, policy.scheduler, args.keep_last)
+        run.checkpoints.save(state)
 
 
 def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rate: float) -> Rollout:
@@ -100,7 +113,7 @@ def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rat
     groups = groups_to_generate(args.grpo_prompts_per_step, contrast_rate, run.collect)
     with run.console.progress("rollout", groups * args.grpo_group_size) as progress:
         return collect(
-            run.engine,
+            InterruptibleEngine(run.engine, run.interruption),
             run.stream,
             run.answers.verify,
             run.collect,
@@ -114,6 +127,7 @@ def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rat
 def write_rollouts(run: Session, args: argparse.Namespace) -> None:
     """Generate every step's samples with the weights as they are."""
     contrast_rate = run.state.contrast_rate
+    run.engine.update_weights(run.state.step)
     for step in range(run.state.step + 1, args.num_steps + 1):
         rollout = next_rollout(run, args, step, contrast_rate)
         write_rollout(args.rollout_only, step, rollout, run.replicas)
@@ -129,7 +143,7 @@ def evaluate(run: Session) -> Evaluation:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, or 2 for a mistake that the user can mend, told in one line on stderr."""
+    """Exit code: 0, a stop by a signal included; 2 for a mistake that the user can mend, told in one line on stderr."""
     compat.install()
     try:
         args = parse_arguments(argv)
@@ -147,6 +161,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             train(run, args)
         run.engine.close()
+        dist.destroy_process_group()
+    except Interrupted:
         dist.destroy_process_group()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a node finds the same mistake

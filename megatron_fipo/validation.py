@@ -1,16 +1,16 @@
 """Everything about a command line that can be known to be wrong before anything starts."""
 
 import argparse
+import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
-from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.rewards.functions import parse_terms
-from megatron_fipo.settings import loss_config
+from megatron_fipo.settings import correction_config, loss_config
 
 _REFUSED = {
     "--perform-rl-step": "megatron_fipo runs its own loop; leave it out",
@@ -20,17 +20,23 @@ _REFUSED = {
     "--micro-batch-size": "micro-batches are packs; use --max-tokens-per-microbatch",
     "--seq-length": "it follows from --max-prompt-tokens and --rollout-max-tokens",
     "--save": "checkpoints go to RUNS_DIR/RUN_NAME/checkpoints; use --runs-dir and --run-name",
-    "--async-save": "checkpoints are written synchronously; leave it out",
+    "--save-retain-interval": "use --keep-last",
+    "--async-strategy": "--async-save forks one writer per rank; leave it out",
+    "--use-persistent-ckpt-worker": "--async-save forks one writer per rank; leave it out",
+    "--ckpt-format": "checkpoints are torch_dist; leave it out",
+    "--verify-integrity": "checkpoints are always verified; leave it out",
     "--ckpt-step": "--load takes the newest whole checkpoint; remove newer ones to go further back",
     "--pretrained-checkpoint": "use --load DIR --finetune",
     "--tokenizer-type": "the tokenizer comes from --hf-model",
     "--tokenizer-model": "the tokenizer comes from --hf-model",
+    "--rollout-top-p": "training samples are drawn from the whole distribution; see --eval-top-p",
+    "--rollout-top-k": "training samples are drawn from the whole distribution",
     "--fp16": "use --bf16, which needs no loss scaling",
-    "--sequence-parallel": "it is not supported yet; leave it out",
 }
 _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
-    "--exit-": "a run ends after --num-steps",
+    "--exit-": "a run ends after --num-steps, and on SIGTERM or SIGUSR1 with all it has",
+    "--non-persistent-": "use --save-interval and --keep-last",
     "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
@@ -59,6 +65,7 @@ _POSITIVE = (
     "rollout_max_tokens",
     "rollout_max_batches",
     "rollout_max_running",
+    "weight_sync_bucket_mb",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
@@ -87,6 +94,7 @@ def check(args: argparse.Namespace) -> None:
     _check_batch(args)
     _check_algorithm(args)
     _check_parallel(args)
+    _check_engine(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
     if not args.hf_model:
@@ -96,7 +104,6 @@ def check(args: argparse.Namespace) -> None:
     _check_prompt_weights(args)
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
-    _check_run_folder(args)
     _check_save_hf(args)
 
 
@@ -139,19 +146,6 @@ def _check_rollout_folders(args: argparse.Namespace) -> None:
         raise UserError(f"--rollout-only {args.rollout_only} already holds rollouts; give a new folder")
 
 
-def _check_run_folder(args: argparse.Namespace) -> None:
-    """A run's records and checkpoints are never started over, and only its own checkpoints continue it."""
-    run = RunFolder(Path(args.runs_dir), args.run_name)
-    if args.load:
-        check_loadable(args.load, finetune=args.finetune)
-    continues = args.load and not args.finetune and Path(args.load).resolve() == run.checkpoints.resolve()
-    if (run.metrics.exists() or run.checkpoints.exists()) and not (continues or args.dry_run or args.rollout_only):
-        raise UserError(
-            f"{run.path} already holds a run; continue it with --load {run.checkpoints}, choose another --run-name, "
-            f"or remove the folder"
-        )
-
-
 def _check_save_hf(args: argparse.Namespace) -> None:
     if not args.save_hf:
         return
@@ -185,9 +179,7 @@ def _check_batch(args: argparse.Namespace) -> None:
             f"and FIPO equal to DAPO; lower --global-batch-size to at most {samples // 2 // group * group} "
             f"or pass --allow-inactive-fipo"
         )
-    replicas = args.world_size // (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    )
+    replicas = args.world_size // model_parallel_size(args)
     if replicas and update % replicas:
         raise UserError(
             f"--global-batch-size {update} does not divide over {replicas} data-parallel replicas; "
@@ -203,6 +195,7 @@ def _check_algorithm(args: argparse.Namespace) -> None:
             f"--fipo-weight-low {args.fipo_weight_low} and --fipo-weight-high {args.fipo_weight_high} must enclose 1"
         )
     loss_config(args)
+    correction_config(args)
     if not args.rollout_temperature > 0:
         raise UserError(
             f"--rollout-temperature {args.rollout_temperature} must be positive; greedy rollouts have no contrast"
@@ -219,19 +212,71 @@ def _check_algorithm(args: argparse.Namespace) -> None:
         )
 
 
+def model_parallel_size(args: argparse.Namespace) -> int:
+    """Ranks that hold one replica of the model."""
+    return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+
+
+def _check_engine(args: argparse.Namespace) -> None:
+    given = [f for f in ("--sglang-servers", "--sglang-url") if getattr(args, f[2:].replace("-", "_")) is not None]
+    if args.rollout_engine != "sglang":
+        if given or args.sglang_flags:
+            flag = (*given, *(f"--sglang-{f[2:]}" for f in args.sglang_flags))[0]
+            raise UserError(f"{flag} needs --rollout-engine sglang")
+        return
+    if len(given) != 1:
+        raise UserError(
+            "--rollout-engine sglang needs either --sglang-servers N (start N on each node) or --sglang-url URL..."
+        )
+    if args.sglang_url is not None:
+        if args.sglang_flags or args.sglang_port:
+            flag = args.sglang_flags[0][2:] if args.sglang_flags else "port"
+            raise UserError(f"--sglang-{flag} is for servers that are started here; give it to those of --sglang-url")
+        for url in args.sglang_url:
+            if not re.fullmatch(r"https?://[^/\s]+/?", url):
+                raise UserError(f"--sglang-url {url} is no server's address; give e.g. http://10.0.0.5:30000")
+        return
+    if args.sglang_servers < 1:
+        raise UserError(f"--sglang-servers {args.sglang_servers} must be at least 1")
+    if args.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) and args.sglang_host == "127.0.0.1":
+        raise UserError(
+            "--sglang-host 127.0.0.1 cannot be reached from the other nodes; name the interface that joins them, "
+            "e.g. eth0"
+        )
+    if importlib.util.find_spec("sglang") is None and not args.dry_run:
+        raise UserError("--sglang-servers: SGLang is not installed; run 'make sglang', or use a container that has it")
+
+
 def _check_parallel(args: argparse.Namespace) -> None:
-    for flag in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
-        if getattr(args, flag) != 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not supported yet; leave it at 1")
-    tensor = args.tensor_model_parallel_size
-    heads = args.num_attention_heads
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    heads, layers = args.num_attention_heads, args.num_layers
     if heads and heads % tensor:
         fits = [t for t in range(1, heads + 1) if heads % t == 0]
         raise UserError(
             f"--tensor-model-parallel-size {tensor} does not divide the model's {heads} attention heads; "
             f"use one of {fits}"
         )
-    if args.world_size % tensor:
+    if layers and pipeline > layers:
         raise UserError(
-            f"{args.world_size} ranks cannot hold --tensor-model-parallel-size {tensor}; start a multiple of it"
+            f"--pipeline-model-parallel-size {pipeline}: the model has only {layers} layers; use at most {layers}"
+        )
+    if args.sequence_parallel and tensor == 1:
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; leave it out")
+    size = model_parallel_size(args)
+    if args.world_size % size:
+        raise UserError(
+            f"{args.world_size} ranks cannot hold replicas of --tensor-model-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {args.context_parallel_size} = "
+            f"{size} ranks; start a multiple of {size}"
+        )
+    experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tensor) * pipeline
+    if args.num_experts and args.world_size % experts:
+        raise UserError(
+            f"{args.world_size} ranks cannot hold --expert-model-parallel-size {args.expert_model_parallel_size} x "
+            f"expert tensor parallel size x --pipeline-model-parallel-size {pipeline} = {experts} ranks; start a "
+            f"multiple of {experts}"
+        )
+    if not args.num_experts and args.expert_model_parallel_size > 1:
+        raise UserError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: the model has no experts; leave it out"
         )

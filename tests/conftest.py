@@ -33,22 +33,50 @@ def megatron(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def write_hf_model(folder: Path, family: str, *, tied: bool, vocab_size: int = 93, dtype=torch.float32, seed: int = 0):
-    """Write a tiny random model of `family` ("qwen2" or "qwen3") with a tokenizer; return the transformers model."""
+def write_hf_model(
+    folder: Path, family: str, *, tied: bool, vocab_size: int = 93, dtype=torch.float32, seed: int = 0, **settings
+):
+    """Write a tiny random model with a tokenizer; return the transformers model.
+
+    `family` is "llama" (with Llama 3's RoPE), "qwen2", "qwen3" or "qwen3_moe" (a dense layer, then two with four
+    experts each); `settings` change its configuration.
+    """
     import transformers
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
+    llama3_rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
     classes = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 32}),
+        "llama": (
+            transformers.LlamaConfig,
+            transformers.LlamaForCausalLM,
+            {"rope_parameters": llama3_rope, "max_position_embeddings": 16384},
+        ),
+        "qwen3_moe": (
+            transformers.Qwen3MoeConfig,
+            transformers.Qwen3MoeForCausalLM,
+            {
+                "head_dim": 32,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 48,
+                "norm_topk_prob": True,
+                "mlp_only_layers": [0],
+            },
+        ),
     }
     config_class, model_class, extra = classes[family]
-    config = config_class(
+    shape = dict(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
         vocab_size=vocab_size, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=0.1,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=1, eos_token_id=2, **extra,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
+    config = config_class(**(shape | extra | settings))
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():

@@ -1,212 +1,153 @@
-"""Streams weights between a Hugging Face folder and the Megatron model, one parameter at a time."""
+"""Streams weights between Hugging Face tensors and the Megatron model, one parameter at a time, for every layout."""
 
-import json
-import re
-import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config, unwrap_model
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_fipo.checkpoint.hf_map import WeightMap
-from megatron_fipo.errors import UserError
-from megatron_fipo.model.hf_config import read_hf_config, weight_files
-
-MAX_SHARD_BYTES = 4 * 2**30
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from megatron_fipo.checkpoint.hf_files import HFWeights
+from megatron_fipo.checkpoint.hf_map import WeightMap, expert_of, for_expert, global_name
+from megatron_fipo.model.hf_config import read_hf_config
 
 
-class HFWeights:
-    """The tensors of an HF folder by name, read when asked for."""
+@dataclass(frozen=True)
+class HFTensor:
+    """What the stream of :func:`export_hf_weights` will bring."""
 
-    def __init__(self, hf_dir: str | Path) -> None:
-        self._files: dict[str, Any] = {}
-        for path in weight_files(hf_dir):
-            handle = safe_open(path, framework="pt")
-            self._files |= dict.fromkeys(handle.keys(), handle)
-
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        """None: a dtype that is no plain floating-point weight, such as FP8."""
-        return _DTYPES.get(self._files[name].get_slice(name).get_dtype())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @torch.no_grad()
 def load_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_dir: str | Path) -> None:
     """Copy the folder's weights into the model, cast to its parameters' dtype.
 
-    Call it before the optimizer is built, or let the optimizer reload its main parameters afterwards.
+    Each rank reads the tensors of its own pipeline stages and experts, without a collective. Call it before the
+    optimizer is built, or let the optimizer reload its main parameters afterwards.
 
     Args:
         model_chunks: this rank's chunks, wrapped or not.
         hf_dir: the folder that `megatron_arguments` described.
 
     Raises:
-        UserError: tensors are missing, superfluous or misshapen.
+        UserError: tensors are missing, superfluous, misshapen or not finite.
     """
     weights = HFWeights(hf_dir)
-    vocab_size = read_hf_config(hf_dir)["vocab_size"]
-    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    for chunk in model_chunks:
-        weight_map = _weight_map(chunk, vocab_size)
-        _check(weights, weight_map, hf_dir)
-        for name, parameter in _global_parameters(chunk):
-            rule = weight_map.rule(name)
-            full = rule.merge([weights[hf_name] for hf_name in rule.hf_names])
-            parameter.copy_(rule.shard(full, size, rank))
+    weight_map = weight_map_of(model_chunks, read_hf_config(hf_dir)["vocab_size"])
+    weights.check(weight_map)
+    for name, parameter in global_parameters(model_chunks).items():
+        rule = weight_map.rule(name)
+        group = _shard_group(name)
+        full = rule.merge([weights[hf_name] for hf_name in rule.hf_names])
+        parameter.copy_(rule.shard(full, group.size(), group.rank()))
 
 
 @torch.no_grad()
 def export_hf_weights(model_chunks: Sequence[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights under their HF names, in the parameters' dtype and on their device.
+    """The whole model's weights under their HF names, in the parameters' dtype and on their device.
 
-    Collective: every rank of the tensor-parallel group must iterate to the end. A tensor is valid until the next one.
+    Collective: every rank must iterate to the end, and every rank gets every tensor. A parameter goes from the pipeline
+    stage that holds it to the others, then its shards (of an expert: those of all expert-parallel ranks) are gathered.
+    Memory: one parameter at a time, of experts one per expert-parallel rank. A tensor is valid until the next one.
 
     Args:
+        model_chunks: this rank's chunks (one per virtual pipeline stage), wrapped or not.
         vocab_size: rows of the embedding to keep; the rest is Megatron's padding.
     """
-    assert parallel_state.get_pipeline_model_parallel_world_size() == 1, "export over pipeline stages comes later"
-    group = parallel_state.get_tensor_model_parallel_group()
-    for chunk in model_chunks:
-        weight_map = _weight_map(chunk, vocab_size)
-        for name, parameter in _global_parameters(chunk):
-            rule = weight_map.rule(name)
-            shards = [parameter.detach()]
-            if rule.tp_axis is not None and group.size() > 1:
-                shards = [torch.empty_like(parameter) for _ in range(group.size())]
-                dist.all_gather(shards, parameter.detach().contiguous(), group=group)
-            yield from zip(rule.hf_names, rule.split(rule.unshard(shards)), strict=True)
+    weight_map = weight_map_of(model_chunks, vocab_size)
+    parameters = global_parameters(model_chunks)
+    stages = _Stages(parameters)
+    for names in _stream(weight_map):
+        mine = names[parallel_state.get_expert_model_parallel_rank() if len(names) > 1 else 0]
+        rules = [weight_map.rule(name) for name in names]
+        group = _shard_group(mine) if len(names) == 1 else parallel_state.get_expert_tensor_and_model_parallel_group()
+        shards = [stages.broadcast(mine)]
+        if group.size() > 1 and rules[0].tp_axis is not None:
+            own = shards[0].contiguous()
+            shards = [torch.empty_like(own) for _ in range(group.size())]
+            dist.all_gather(shards, own, group=group)
+        per_name = len(shards) // len(names)  # the tensor-parallel rank varies fastest
+        for i, rule in enumerate(rules):
+            full = rule.unshard(shards[i * per_name : (i + 1) * per_name])
+            yield from zip(rule.hf_names, rule.split(full), strict=True)
 
 
-def save_hf(
-    model_chunks: Sequence[torch.nn.Module],
-    hf_source_dir: str | Path,
-    out_dir: str | Path,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write the model as an HF folder; `out_dir` appears whole or not at all, and replaces a folder of that name.
-
-    Collective: all ranks call it; rank 0 writes.
-
-    Args:
-        hf_source_dir: where config, tokenizer and generation settings are copied from.
-        dtype: of the written tensors; None: each tensor's dtype in the source.
-    """
-    source, out = Path(hf_source_dir), Path(out_dir)
-    weights = HFWeights(source)
-    writes = dist.get_rank() == 0
-    partial = out.with_name(out.name + ".partial")
-    if writes:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in source.iterdir():
-            if file.is_file() and not re.fullmatch(r".*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?", file.name):
-                shutil.copy(file, partial)
-    writer = _ShardWriter(partial)
-    for name, tensor in export_hf_weights(model_chunks, read_hf_config(source)["vocab_size"]):
-        if writes:
-            writer.add(name, tensor.to("cpu", dtype or weights.dtype(name)))
-    if writes:
-        writer.finish()
-        if dtype is not None:
-            config = json.loads((partial / "config.json").read_text())
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            config.pop("torch_dtype", None)
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    dist.barrier()
+def hf_layout(model_chunks: Sequence[torch.nn.Module], vocab_size: int) -> list[HFTensor]:
+    """Names, shapes and dtypes of :func:`export_hf_weights`'s tensors in its order; no collective, no weight moves."""
+    weight_map = weight_map_of(model_chunks, vocab_size)
+    return [
+        HFTensor(hf_name, weight_map.hf_shape(hf_name), weight_map.config.params_dtype)
+        for names in _stream(weight_map)
+        for name in names
+        for hf_name in weight_map.rule(name).hf_names
+    ]
 
 
-class _ShardWriter:
-    """Writes tensors as they come, in files of at most MAX_SHARD_BYTES, with HF's names and index."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shards: list[list[str]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self._pending and self._pending_bytes + tensor.nbytes > MAX_SHARD_BYTES:
-            self._flush()
-        self._pending[name] = tensor.clone(memory_format=torch.contiguous_format)
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
-
-    def _flush(self) -> None:
-        save_file(self._pending, self._folder / f"{len(self._shards)}.safetensors", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def finish(self) -> None:
-        self._flush()
-        if len(self._shards) == 1:
-            (self._folder / "0.safetensors").rename(self._folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for i, names in enumerate(self._shards):
-            file = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            (self._folder / f"{i}.safetensors").rename(self._folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _weight_map(chunk: torch.nn.Module, vocab_size: int) -> WeightMap:
-    model = unwrap_model(chunk)
+def weight_map_of(model_chunks: Sequence[torch.nn.Module], vocab_size: int) -> WeightMap:
+    """The rules for the model of which these are this rank's chunks."""
+    model = unwrap_model(model_chunks[0])
     return WeightMap(get_model_config(model), vocab_size, model.vocab_size, model.share_embeddings_and_output_weights)
 
 
-def _global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The chunk's parameters with layers numbered over the whole model."""
-    model = unwrap_model(chunk)
-    for name, parameter in model.named_parameters():
-        match = re.match(r"decoder\.layers\.(\d+)\.(.+)", name)
-        if match:
-            layer = model.decoder.layers[int(match[1])].layer_number - 1
-            name = f"decoder.layers.{layer}.{match[2]}"
-        yield name, parameter
+def global_parameters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by their global names, see `hf_map`."""
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for chunk in model_chunks:
+        model = unwrap_model(chunk)
+        layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+        local_experts = (model.config.num_moe_experts or 0) // model.config.expert_model_parallel_size
+        first_expert = local_experts * parallel_state.get_expert_model_parallel_rank()
+        parameters |= {global_name(name, layers, first_expert): p for name, p in model.named_parameters()}
+    return parameters
 
 
-def _check(weights: HFWeights, weight_map: WeightMap, hf_dir: str | Path) -> None:
-    wanted, present = set(weight_map.hf_names()), weights.names()
-    # Buffers of old exports, and the head that some exports of tied models repeat.
-    ignored = {name for name in present if name.endswith("rotary_emb.inv_freq")}
-    if weight_map.tied:
-        ignored.add("lm_head.weight")
-    if missing := sorted(wanted - present):
-        raise UserError(f"{hf_dir} lacks {_some(missing)}: download the model's safetensors files again.")
-    if extra := sorted(present - wanted - ignored):
-        raise UserError(f"{hf_dir} has {_some(extra)}, which its config.json does not account for: check config.json.")
-    for name in sorted(wanted):
-        if weights.shape(name) != weight_map.hf_shape(name):
-            raise UserError(
-                f"{hf_dir} has {name} with shape {weights.shape(name)}, where config.json asks for "
-                f"{weight_map.hf_shape(name)}: take config.json and weights from the same model."
-            )
-        if weights.dtype(name) is None:
-            raise UserError(f"{hf_dir} has {name} in a quantised dtype: use the unquantised model.")
+def _stream(weight_map: WeightMap) -> Iterator[tuple[str, ...]]:
+    """Global names in the order of the stream; together those that lie in the same place of expert-parallel ranks."""
+    ranks = weight_map.config.expert_model_parallel_size
+    local_experts = (weight_map.config.num_moe_experts or 0) // ranks
+    for name in weight_map.names():
+        expert = expert_of(name)
+        if expert is None:
+            yield (name,)
+        elif expert < local_experts:
+            yield tuple(for_expert(name, expert + rank * local_experts) for rank in range(ranks))
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
+def _shard_group(name: str) -> dist.ProcessGroup:
+    """The ranks between which a parameter is cut."""
+    if expert_of(name) is None:
+        return parallel_state.get_tensor_model_parallel_group()
+    return parallel_state.get_expert_tensor_parallel_group()
+
+
+class _Stages:
+    """Brings a parameter from the pipeline stage that holds it to all stages."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Collective over the pipeline group, as :meth:`broadcast` is."""
+        self._parameters = parameters
+        self._group = parallel_state.get_pipeline_model_parallel_group()
+        self._device = next(iter(parameters.values())).device
+        own = {name: (p.shape, p.dtype) for name, p in parameters.items()}
+        of_stage = [own] * self._group.size()
+        if self._group.size() > 1:
+            dist.all_gather_object(of_stage, own, group=self._group)
+        self._holders = {
+            name: (stage, *what) for stage, held in reversed(list(enumerate(of_stage))) for name, what in held.items()
+        }
+
+    def broadcast(self, name: str) -> Tensor:
+        stage, shape, dtype = self._holders[name]
+        if stage == self._group.rank():
+            tensor = self._parameters[name].detach()
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        if self._group.size() > 1:
+            dist.broadcast(tensor, group_src=stage, group=self._group)
+        return tensor

@@ -1,7 +1,8 @@
 """Which Hugging Face tensors make up which Megatron tensor, and how both are cut for tensor parallelism.
 
 Every Megatron parameter has a rule: the HF tensors it holds, how they are merged into Megatron's full tensor and split
-again, and along which axis Megatron shards it. Names are global: layers count from 0 over all pipeline stages.
+again, and along which axis Megatron shards it. Names are global: layers count from 0 over all pipeline stages, experts
+from 0 over all expert-parallel ranks, and both layer specs' names become one (:func:`global_name`).
 """
 
 import re
@@ -14,9 +15,10 @@ from torch import Tensor
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
 
-# name below "decoder.layers.N." -> names below "model.layers.N."
-_LAYER = {
+# name below "decoder.layers.N." -> names below "model.layers.N.", in the order in which they are streamed
+_ATTENTION = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
     "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
@@ -24,8 +26,12 @@ _LAYER = {
     "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+_ROUTER = {"mlp.router.weight": ("mlp.gate.weight",)}
+# below "mlp.", or "mlp.experts.N." for one expert of a mixture
+_MLP = {
+    "linear_fc1.weight": ("gate_proj.weight", "up_proj.weight"),
+    "linear_fc2.weight": ("down_proj.weight",),
 }
 # TransformerEngine's spec fuses a norm into the linear layer behind it.
 _FUSED_NORMS = {
@@ -33,6 +39,39 @@ _FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(.+\.weight)(\d+)")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
+
+
+def global_name(name: str, layers: Sequence[int], first_expert: int) -> str:
+    """The global name of a parameter that the model's own ``named_parameters`` calls ``name``.
+
+    Args:
+        layers: the global numbers of the chunk's layers.
+        first_expert: the global number of this rank's first expert in each layer.
+    """
+    layer = _LAYER_NAME.fullmatch(name)
+    if layer is None:
+        return name
+    below = _FUSED_NORMS.get(layer[2], layer[2])
+    if match := _LOCAL_EXPERT.fullmatch(below):
+        below = f"mlp.experts.{first_expert + int(match[1])}.{match[2]}"
+    elif match := _GROUPED_EXPERT.fullmatch(below):
+        below = f"mlp.experts.{first_expert + int(match[2])}.{match[1]}"
+    return f"decoder.layers.{layers[int(layer[1])]}.{below}"
+
+
+def expert_of(name: str) -> int | None:
+    """The global number of the expert to which the parameter with this global name belongs; None: to none."""
+    layer = _LAYER_NAME.fullmatch(name)
+    match = layer and _EXPERT.fullmatch(layer[2])
+    return int(match[1]) if match else None
+
+
+def for_expert(name: str, expert: int) -> str:
+    """The global name of the same parameter of another expert."""
+    return re.sub(r"mlp\.experts\.\d+\.", f"mlp.experts.{expert}.", name)
 
 
 @dataclass(frozen=True)
@@ -43,7 +82,8 @@ class Rule:
         hf_names: the HF tensors that it holds, in order.
         merge: HF tensors -> Megatron's full tensor.
         split: the inverse.
-        tp_axis: the axis that tensor parallelism cuts; None: every rank holds all.
+        tp_axis: the axis that tensor parallelism (of an expert: expert tensor parallelism) cuts; None: every rank
+            holds all.
         tp_parts: equal blocks along `tp_axis` that are cut one by one (2 for gate and up).
     """
 
@@ -70,7 +110,7 @@ class Rule:
 
 
 class WeightMap:
-    """The rules of one model. Covers Qwen2, Qwen2.5 and Qwen3."""
+    """The rules of one model. Covers Llama, Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE."""
 
     def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int, tied: bool) -> None:
         """`vocab_size` rows of the embedding exist in HF; Megatron pads them with zeros to `padded_vocab_size`."""
@@ -78,6 +118,34 @@ class WeightMap:
         self.vocab_size = vocab_size
         self.padded_vocab_size = padded_vocab_size
         self.tied = tied
+
+    def names(self) -> Iterator[str]:
+        """The global names of the model's parameters in the order of the layers, without the copy of a tied weight."""
+        absent = set()
+        if not self.config.add_qkv_bias:
+            absent.add("self_attention.linear_qkv.bias")
+        if not self.config.qk_layernorm:
+            absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+        yield EMBEDDING
+        for layer in range(self.config.num_layers):
+            prefix = f"decoder.layers.{layer}."
+            yield from (prefix + below for below in _ATTENTION if below not in absent)
+            if self.has_experts(layer):
+                yield from (prefix + below for below in _ROUTER)
+                for expert in range(self.config.num_moe_experts or 0):
+                    yield from (f"{prefix}mlp.experts.{expert}.{below}" for below in _MLP)
+            else:
+                yield from (f"{prefix}mlp.{below}" for below in _MLP)
+        yield FINAL_NORM
+        if not self.tied:
+            yield OUTPUT
+
+    def has_experts(self, layer: int) -> bool:
+        """True if the layer (from 0) is a mixture of experts, in Megatron's reading of ``moe_layer_freq``."""
+        pattern = self.config.moe_layer_freq
+        if self.config.num_moe_experts is None:
+            return False
+        return bool(pattern[layer]) if isinstance(pattern, list) else layer % pattern == 0
 
     def rule(self, name: str) -> Rule:
         """The rule for the Megatron parameter with the global name `name`.
@@ -89,39 +157,31 @@ class WeightMap:
             return Rule(("model.embed_tokens.weight",), self._pad_vocab, self._cut_vocab, tp_axis=0)
         if name == OUTPUT:
             return Rule(("lm_head.weight",), self._pad_vocab, self._cut_vocab, tp_axis=0)
-        if name == "decoder.final_layernorm.weight":
+        if name == FINAL_NORM:
             return Rule(("model.norm.weight",), _only, _alone)
         match = _LAYER_NAME.fullmatch(name)
         if match is None:
             raise KeyError(name)
-        layer, below = match.groups()
-        below = _FUSED_NORMS.get(below, below)
-        hf_names = tuple(f"model.layers.{layer}.{hf}" for hf in _LAYER[below])
+        prefix, below = f"model.layers.{match[1]}.", match[2]
+        if expert := _EXPERT.fullmatch(below):
+            return self._mlp_rule(f"{prefix}mlp.experts.{expert[1]}.", expert[2])
+        if below.startswith("mlp.linear"):
+            return self._mlp_rule(f"{prefix}mlp.", below.removeprefix("mlp."))
+        hf_names = tuple(prefix + hf for hf in (_ATTENTION | _ROUTER)[below])
         if below.startswith("self_attention.linear_qkv."):
             return Rule(hf_names, self._merge_qkv, self._split_qkv, tp_axis=0)
-        if below == "mlp.linear_fc1.weight":
-            return Rule(
-                hf_names, lambda parts: torch.cat(list(parts)), lambda full: full.chunk(2), tp_axis=0, tp_parts=2
-            )
-        if below in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
+        return Rule(hf_names, _only, _alone, tp_axis=1 if below == "self_attention.linear_proj.weight" else None)
+
+    def _mlp_rule(self, prefix: str, below: str) -> Rule:
+        hf_names = tuple(prefix + hf for hf in _MLP[below])
+        if len(hf_names) == 1:
             return Rule(hf_names, _only, _alone, tp_axis=1)
-        return Rule(hf_names, _only, _alone)
+        return Rule(hf_names, lambda parts: torch.cat(list(parts)), lambda full: full.chunk(2), tp_axis=0, tp_parts=2)
 
     def hf_names(self) -> Iterator[str]:
-        """Every HF tensor of the model."""
-        yield "model.embed_tokens.weight"
-        yield "model.norm.weight"
-        if not self.tied:
-            yield "lm_head.weight"
-        absent = set()
-        if not self.config.add_qkv_bias:
-            absent.add("self_attention.linear_qkv.bias")
-        if not self.config.qk_layernorm:
-            absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
-        for layer in range(self.config.num_layers):
-            for below, names in _LAYER.items():
-                if below not in absent:
-                    yield from (f"model.layers.{layer}.{name}" for name in names)
+        """Every HF tensor of the model, in the order of :meth:`names`."""
+        for name in self.names():
+            yield from self.rule(name).hf_names
 
     def hf_shape(self, hf_name: str) -> tuple[int, ...]:
         """The shape that the HF tensor must have."""
@@ -137,10 +197,15 @@ class WeightMap:
             return (c.kv_channels,)
         if "o_proj" in hf_name:
             return (c.hidden_size, head_rows["q"])
+        if hf_name.endswith("mlp.gate.weight"):
+            assert c.num_moe_experts is not None
+            return (c.num_moe_experts, c.hidden_size)
+        width = c.moe_ffn_hidden_size if ".experts." in hf_name else c.ffn_hidden_size
+        assert width is not None
         if "down_proj" in hf_name:
-            return (c.hidden_size, c.ffn_hidden_size)
+            return (c.hidden_size, width)
         if "gate_proj" in hf_name or "up_proj" in hf_name:
-            return (c.ffn_hidden_size, c.hidden_size)
+            return (width, c.hidden_size)
         return (c.hidden_size,)
 
     def _pad_vocab(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The only place that patches Megatron: for machines without CUDA, and for installations without TransformerEngine."""
+"""The only place that patches Megatron: without CUDA, without TransformerEngine, and where checkpoints are unsafe."""
 
 import functools
 import logging
@@ -15,9 +15,9 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CU
 
 def needed_patches() -> tuple[Patch, ...]:
     """The patches that this machine needs (imports Megatron); `install` applies them, `doctor` lists them."""
-    from megatron_fipo.compat import no_te
+    from megatron_fipo.compat import checkpoints, no_te
 
-    patches: tuple[Patch, ...] = ()
+    patches: tuple[Patch, ...] = checkpoints.PATCHES
     if not torch.cuda.is_available():
         from megatron_fipo.compat import no_cuda
 

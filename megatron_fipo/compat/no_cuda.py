@@ -8,26 +8,14 @@ Two kinds of patches keep the rest of the process untouched:
 
 import contextlib
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_fipo.compat.patching import Patch
+from megatron_fipo.compat.patching import Patch, View
 
 _CPU = torch.device("cpu")
-
-
-class _View(types.ModuleType):
-    """A module with some attributes replaced, everything else looked up in the original."""
-
-    def __init__(self, original: types.ModuleType, **replaced: Any) -> None:
-        super().__init__(original.__name__)
-        self.__dict__.update(replaced, _original=original)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
 
 
 class _Stream:
@@ -45,6 +33,9 @@ class _Stream:
 
     def wait_event(self, event: Any) -> None: ...
 
+    def record_event(self, event: Any = None) -> "_Stream":
+        return self  # of an event, Megatron asks for `synchronize` alone
+
     def synchronize(self) -> None: ...
 
 
@@ -59,12 +50,12 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 _FACTORIES = {name: _on_cpu(getattr(torch, name)) for name in ("zeros", "ones", "empty", "tensor", "empty_like")}
-_TORCH = _View(torch, **_FACTORIES)
+_TORCH = View(torch, **_FACTORIES)
 # Set-up and checkpoints moreover count devices, pick one, and save and restore the generator.
-_TORCH_FOR_SETUP = _View(
+_TORCH_FOR_SETUP = View(
     torch,
     **_FACTORIES,
-    cuda=_View(
+    cuda=View(
         torch.cuda,
         device_count=lambda: 1,
         set_device=lambda device: None,

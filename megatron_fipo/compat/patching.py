@@ -1,6 +1,7 @@
 """One table row per thing that Megatron needs changed: what, why, and how."""
 
 import importlib
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,17 @@ class Patch:
         if not hasattr(holder, name):
             raise AttributeError(f"{self.module} has no {self.symbol}: {self.why}")
         return holder, name
+
+
+class View(types.ModuleType):
+    """A module with some attributes replaced, everything else looked up in the original."""
+
+    def __init__(self, original: types.ModuleType, **replaced: Any) -> None:
+        super().__init__(original.__name__)
+        self.__dict__.update(replaced, _original=original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
 
 
 def apply(patches: Iterable[Patch]) -> None:

@@ -4,27 +4,56 @@ Shape suffixes: _T packed positions, _S sequences, _S1 sequence boundaries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_fipo.data.samples import Sample
+from megatron_fipo.parallel.zigzag import pad_cu_seqlens, token_index
+
+# Takes the place of a micro-batch without samples: collectives want every rank, and DDP every gradient.
+_DUMMY = Sample(
+    prompt_id=-1,
+    group_id=-1,
+    tokens=np.zeros(2, np.int32),
+    response_mask=np.zeros(2, bool),
+    rollout_logp=np.zeros(2, np.float32),
+    finish_reason="stop",
+    weight_versions=(),
+    reward=0.0,
+    correct=False,
+)
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """The experts chosen for one pack's tokens on this rank, filled in as old_logp's passes choose them.
+
+    ``experts``: for each model chunk that has routed the pack (by its number), one tensor [tokens, top-k] for each of
+    its routers, in the smallest dtype that holds an expert's number. Empty for a dense model.
+    """
+
+    experts: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One micro-batch of one data-parallel replica, before context-parallel sharding.
+    """One micro-batch of one data-parallel replica, or one context-parallel rank's share of its tokens (:meth:`shard`).
 
     A sample of n tokens takes n - 1 positions; position t holds token t and predicts token t + 1, so every _T tensor
     is aligned with ``labels_T``: ``logp_T[t] = log p(labels_T[t])`` and ``response_mask_T[t]`` says whether
-    ``labels_T[t]`` is a response token.
+    ``labels_T[t]`` is a response token. Sequences may be padded at their ends; the mask is false there. Boundaries are
+    those of the whole pack, also in a share of it.
 
     tokens_T, labels_T, position_ids_T  int64;  response_mask_T  bool
     rollout_logp_T  fp32, the engine's log-probs;  old_logp_T  fp32, the trainer's (None until computed)
+    token_weight_T  fp32, the importance correction (None: no correction)
     advantage_S  fp32;  loss_scale_S  fp32, the weight of each sequence's loss sum (None: token normalisation)
     cu_seqlens_S1, cu_seqlens_padded_S1  int32;  sample_ids_S, group_ids_S  int64
+    routing  shared by all copies of the batch
     """
 
     tokens_T: Tensor
@@ -39,15 +68,28 @@ class PackedBatch:
     cu_seqlens_padded_S1: Tensor
     sample_ids_S: Tensor
     group_ids_S: Tensor
+    token_weight_T: Tensor | None = None
+    routing: RoutingRecord = field(default_factory=RoutingRecord)
 
     def with_old_logp(self, old_logp_T: Tensor) -> "PackedBatch":
         """The same batch with the trainer's log-probs under the rollout's weights, fp32 [T]."""
         return replace(self, old_logp_T=old_logp_T)
 
+    def shard(self, rank: int, size: int) -> "PackedBatch":
+        """The same batch with context-parallel rank ``rank``'s tokens alone, ordered as parallel/zigzag.py says."""
+        if size == 1:
+            return self
+        index_t = token_index(self.cu_seqlens_padded_S1, len(self.tokens_T), rank, size)
+        tokens = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_T")}
+        return replace(self, **{name: values_T[index_t] for name, values_T in tokens.items() if values_T is not None})
+
     def to(self, device: torch.device | int | str) -> "PackedBatch":
         """The same batch on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: t.to(device, non_blocking=True) for k, t in tensors.items() if t is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def pack(
@@ -55,30 +97,38 @@ def pack(
     sample_ids: Sequence[int],
     advantage_S: Tensor,
     loss_scale_S: Tensor | None = None,
+    alignment: int = 1,
 ) -> PackedBatch:
-    """Concatenate samples into one pack on the CPU.
+    """Concatenate samples into one pack on the CPU, each padded to a multiple of ``alignment`` positions.
 
     ``sample_ids`` number the samples within the step; ``advantage_S`` and ``loss_scale_S`` are fp32 [S], in the same
-    order.
+    order. Without samples: a dummy sequence without a response token.
     """
-    lengths_S = [len(s.tokens) - 1 for s in samples]
-    cu_seqlens_S1 = torch.zeros(len(samples) + 1, dtype=torch.int32)
-    cu_seqlens_S1[1:] = torch.tensor(lengths_S).cumsum(0)
+    if not samples:
+        nothing_S = torch.zeros(1)
+        return pack([_DUMMY], [-1], nothing_S, None if loss_scale_S is None else nothing_S, alignment)
+    lengths_S = torch.tensor([len(s.tokens) - 1 for s in samples], dtype=torch.int32)
+    cu_seqlens_S1 = torch.nn.functional.pad(lengths_S.cumsum(0, dtype=torch.int32), (1, 0))
+    cu_seqlens_padded_S1 = pad_cu_seqlens(cu_seqlens_S1, alignment)
+    shift_S = (cu_seqlens_padded_S1 - cu_seqlens_S1)[:-1]
+    place = torch.arange(int(cu_seqlens_S1[-1])) + shift_S.repeat_interleave(lengths_S)
 
     def joined(rows: list[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(rows)).to(dtype)
+        padded_T = torch.zeros(int(cu_seqlens_padded_S1[-1]), dtype=dtype)
+        padded_T[place] = torch.from_numpy(np.concatenate(rows)).to(dtype)
+        return padded_T
 
     return PackedBatch(
         tokens_T=joined([s.tokens[:-1] for s in samples], torch.int64),
         labels_T=joined([s.tokens[1:] for s in samples], torch.int64),
-        position_ids_T=joined([np.arange(n) for n in lengths_S], torch.int64),
+        position_ids_T=joined([np.arange(len(s.tokens) - 1) for s in samples], torch.int64),
         response_mask_T=joined([s.response_mask[1:] for s in samples], torch.bool),
         rollout_logp_T=joined([s.rollout_logp[1:] for s in samples], torch.float32),
         old_logp_T=None,
         advantage_S=advantage_S,
         loss_scale_S=loss_scale_S,
         cu_seqlens_S1=cu_seqlens_S1,
-        cu_seqlens_padded_S1=cu_seqlens_S1,
+        cu_seqlens_padded_S1=cu_seqlens_padded_S1,
         sample_ids_S=torch.tensor(sample_ids, dtype=torch.int64),
         group_ids_S=torch.tensor([s.group_id for s in samples], dtype=torch.int64),
     )

@@ -18,10 +18,12 @@ dummy pack without a response token, because a collective would hang on a missin
 class UpdatePlan:
     """One optimizer update: ``micro_batches[replica]`` are the packs of that replica, equally many on each.
 
-    They run from the costliest to the cheapest, so that a shortage of memory shows at once.
+    They run from the costliest to the cheapest, so that a shortage of memory shows at once. Sequences are counted, and
+    have to be packed, with lengths that are multiples of ``alignment``.
     """
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
+    alignment: int = 1
 
 
 def plan_step(
@@ -38,7 +40,7 @@ def plan_step(
     """Cut the samples, in order, into updates, and spread each update over replicas and micro-batches.
 
     ``lengths_S`` are packed lengths in tokens; each is rounded up to a multiple of ``alignment``, as the packs will be
-    (context parallelism: 2 x its size x the tensor-parallel size). A micro-batch holds at most ``max_tokens``; a longer
+    (see :func:`megatron_fipo.settings.sequence_alignment`). A micro-batch holds at most ``max_tokens``; a longer
     sequence gets one of its own. ``micro_batch_multiple`` divides a replica's number of micro-batches (an interleaved
     pipeline wants its number of stages).
 
@@ -62,4 +64,4 @@ def plan_step(
         alignment=alignment,
         micro_batch_multiple=micro_batch_multiple,
     )
-    return [UpdatePlan(micro_batches) for micro_batches in packs]
+    return [UpdatePlan(micro_batches, alignment) for micro_batches in packs]

@@ -88,7 +88,8 @@ def fipo_loss(
     policy and under the one before this rollout's first update. advantage: [S] or [T] ([S] if both fit).
     response_mask_T: [T] bool; what lies outside it, NaN included, has no influence.
     cu_seqlens_S1: [S + 1] int32 or int64.
-    group_ids_S: [S], for normalization "group". token_weight_T: [T], factor of the token loss (importance correction).
+    group_ids_S: [S], for normalization "group". token_weight_T: [T], factor of the token loss (importance correction);
+    a token of weight 0 is dropped from the denominator too.
     loss_scale_S: [S], `loss_scale` of the whole mini-batch, for callers that pass only a part of it.
     carry_S, beyond_c_S: for callers that pass a part of each sequence (context parallelism): float [S], F just past the
     part's end, and int [S], the tokens with A < 0 and r > c of the whole sequence, by which the filter decides.
@@ -119,6 +120,8 @@ def fipo_loss(
     token_losses = compiled_token_losses if backend == "compiled" else torch_token_losses
     losses = token_losses(logp_T, ratios, token_weight_T, carry_S, config)
     loss_S, tokens_S = losses.loss_S, losses.tokens_S
+    if token_weight_T is not None:  # what the correction drops counts nowhere; in the future KL it stays
+        tokens_S = sum_per_sequence(ratios.mask_T & (token_weight_T != 0), cu_seqlens_S1).long()
     beyond_c_S = losses.beyond_c_S if beyond_c_S is None else beyond_c_S
 
     # sequence filter: a response with several tokens beyond c has drifted away as a whole

@@ -161,8 +161,7 @@ class LossStatistics:
 
         def ratio(sign: str, rank: int) -> float:
             row, extremum = _SIGNS.index(sign), EXTREMA.index(f"{sign}_log_ratio")
-            bin_index = int(torch.searchsorted(counts[row], rank, right=True)) - _HALF
-            d = HISTOGRAM_SCALE * math.sinh(bin_index * _BIN_WIDTH)
+            d = log_ratio_of_bin(int(torch.searchsorted(counts[row], rank, right=True)))
             return math.exp(min(max(d, minima[extremum]), maxima[extremum]))
 
         return {
@@ -236,8 +235,18 @@ def _interpolate(value_at_rank, count: int, q: float) -> float:
     return below + (position - rank) * (above - below)
 
 
+def log_ratio_bin(d_T: Tensor) -> Tensor:
+    """int64 [T]: the histogram's bin of each log-ratio, in [0, HISTOGRAM_BINS)."""
+    return (torch.asinh(d_T / HISTOGRAM_SCALE) / _BIN_WIDTH).round().long().clamp(-_HALF, _HALF) + _HALF
+
+
+def log_ratio_of_bin(bin_index: int) -> float:
+    """The log-ratio at a bin's centre."""
+    return HISTOGRAM_SCALE * math.sinh((bin_index - _HALF) * _BIN_WIDTH)
+
+
 def _histograms(d_T: Tensor, negative_T: Tensor, positive_T: Tensor) -> Tensor:
-    bin_T = (torch.asinh(d_T / HISTOGRAM_SCALE) / _BIN_WIDTH).round().long().clamp(-_HALF, _HALF) + _HALF
+    bin_T = log_ratio_bin(d_T)
     # tokens that belong to neither go to one slot behind the last bin
     slot_T = torch.where(negative_T, bin_T, torch.where(positive_T, bin_T + HISTOGRAM_BINS, 2 * HISTOGRAM_BINS))
     counts = torch.zeros(2 * HISTOGRAM_BINS + 1, dtype=torch.int64, device=d_T.device)

@@ -1,15 +1,17 @@
 """Attention and norm of the local layer spec: what Megatron leaves to TransformerEngine, in plain torch.
 
-Grouped queries, packed sequences (THD), plain causal batches, and generation with a key/value cache.
+Grouped queries, packed sequences (THD) also under context parallelism, plain causal batches, and generation with a
+key/value cache.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -17,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_fipo.model.kv_cache import KVCache
+from megatron_fipo.model.padded_groups import PaddedGroup, groups_of_runs, groups_of_sequences
 
 # Overhead of one attention call with its gradient, in multiply-adds (pairs of positions x width), measured on a CPU.
 CALL_COST = 2**22
@@ -38,7 +41,7 @@ class TorchAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert not (config.attention_dropout if attention_dropout is None else attention_dropout), "no dropout here"
-        assert config.context_parallel_size == 1, "context parallelism needs TransformerEngine's attention for now"
+        self.cp_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -54,11 +57,12 @@ class TorchAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [sq, b, heads, d], packed: [t, heads, d].
+            query: [sq, b, heads, d], packed: [t, heads, d], this context-parallel rank's tokens of the pack.
             key, value: [sk, b, groups, d], packed: [t, groups, d].
             attention_mask: None for a causal batch (sq == sk) or packed sequences; in a decoding step (sq == 1) None or
                 a float mask [b, 1, 1, sk] that is added to the scores.
-            packed_seq_params: boundaries of the packed sequences.
+            packed_seq_params: boundaries of the packed sequences, of the whole pack. Only packed sequences are shared
+                out over context-parallel ranks (zigzag, see parallel/zigzag.py).
 
         Returns:
             [sq, b, heads * d], packed: [t, heads * d].
@@ -82,51 +86,35 @@ class TorchAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         cu_seqlens = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-        out = torch.zeros_like(query)  # positions past the last sequence stay 0
+        boundaries = tuple(cu_seqlens.tolist())
         call_cost = CALL_COST / (query.size(1) * query.size(2))
-        for rows, length, pack_index, padded_index in padded_groups(tuple(cu_seqlens.tolist()), call_cost):
-            pack_index, padded_index = pack_index.to(query.device), padded_index.to(query.device)
-
-            def pad(x: Tensor, rows=rows, length=length, source=pack_index, target=padded_index) -> Tensor:
-                padded = x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, target, x.index_select(0, source))
-                return padded.view(rows, length, *x.shape[1:]).transpose(1, 2)
-
-            padded_out = self._causal(pad(query), pad(key), pad(value)).transpose(1, 2).flatten(0, 1)
-            out = out.index_copy(0, pack_index, padded_out.index_select(0, padded_index))
+        if self.cp_group.size() == 1:
+            groups = groups_of_sequences(boundaries, call_cost)
+        else:
+            # One gather for both; backward scatters the sum of what the ranks want of each key and value.
+            both = gather_from_sequence_parallel_region(
+                torch.cat([key, value], -1), tensor_parallel_output_grad=True, group=self.cp_group
+            )
+            key, value = both.split([key.size(2), value.size(2)], -1)
+            groups = groups_of_runs(boundaries, self.cp_group.rank(), self.cp_group.size(), call_cost)
+        out = torch.zeros_like(query)  # positions past the last sequence stay 0
+        for group in groups:
+            padded = self._group(query, key, value, group.to(query.device))
+            out = out.index_copy(0, group.query_source, padded)
         return out.flatten(1)
 
-
-@functools.lru_cache(maxsize=64)  # every layer of a micro-batch asks the same
-def padded_groups(cu_seqlens: tuple[int, ...], call_cost: float) -> list[tuple[int, int, Tensor, Tensor]]:
-    """Group packed sequences by length, each group to be padded to its longest and attended in one call.
-
-    Causality makes a mask unnecessary, as padding comes last. Sequences join a group, longest first, until the pairs of
-    positions that padding wastes outweigh another call.
-
-    Args:
-        cu_seqlens: boundaries of the sequences in the pack.
-        call_cost: what one more call costs, in pairs of positions.
-
-    Returns:
-        For each group: sequences, padded length, and two int64 index tensors of equal length that say where each token
-        lies in the pack and in the padded batch (flattened).
-    """
-    spans = zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
-    groups: list[list[tuple[int, int]]] = []
-    longest, wasted = 0, math.inf
-    for length, start, end in sorted(((end - start, start, end) for start, end in spans if end > start), reverse=True):
-        wasted += longest**2 - length**2
-        if wasted > call_cost:
-            groups.append([])
-            longest, wasted = length, 0
-        groups[-1].append((start, end))
-    result = []
-    for group in groups:
-        longest = group[0][1] - group[0][0]
-        pack_index = torch.cat([torch.arange(start, end) for start, end in group])
-        padded_index = torch.cat([torch.arange(end - start) + i * longest for i, (start, end) in enumerate(group)])
-        result.append((len(group), longest, pack_index, padded_index))
-    return result
+    def _group(self, query: Tensor, key: Tensor, value: Tensor, group: PaddedGroup) -> Tensor:
+        """Attention of one group: [its query tokens, heads, d]."""
+        q = group.padded(query, group.query_source, group.query_target, group.query_length)
+        k, v = (group.padded(x, group.key_source, group.key_target, group.key_length) for x in (key, value))
+        if group.mask is None:
+            out = self._causal(q, k, v)
+        else:
+            grouped = q.size(1) != k.size(1)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=group.mask, scale=self.softmax_scale, enable_gqa=grouped
+            )
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, group.query_target)
 
 
 class CachedSelfAttention(SelfAttention):

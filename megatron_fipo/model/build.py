@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_gpt_layer_local_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
@@ -55,6 +52,8 @@ def model_provider(args: argparse.Namespace) -> Callable[..., GPTModel]:
             position_embedding_type="rope",
             rotary_percent=args.rotary_percent,
             rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
@@ -66,14 +65,24 @@ def model_provider(args: argparse.Namespace) -> Callable[..., GPTModel]:
 
 
 def _block_spec(config: TransformerConfig, vp_stage: int | None, transformer_engine: bool) -> Any:
+    """The layers of this pipeline stage, dense or with experts as `config.moe_layer_freq` says.
+
+    Experts run in TransformerEngine's grouped GEMM with --moe-grouped-gemm, else one after the other.
+    """
     if transformer_engine:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchRMSNorm
-    attention = layer.submodules.self_attention
-    attention.module = CachedSelfAttention
-    attention.submodules.core_attention = TorchAttention
-    if config.qk_layernorm:
-        attention.submodules.q_layernorm = attention.submodules.k_layernorm = TorchRMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TorchRMSNorm)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    block.layer_norm = TorchRMSNorm
+    for layer in {id(layer): layer for layer in block.layer_specs}.values():
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchRMSNorm
+        attention = layer.submodules.self_attention
+        attention.module = CachedSelfAttention
+        attention.submodules.core_attention = TorchAttention
+        if config.qk_layernorm:
+            attention.submodules.q_layernorm = attention.submodules.k_layernorm = TorchRMSNorm
+        if layer.submodules.mlp.func is MoELayer:
+            # TransformerEngine's spec fuses this norm into a dense MLP only; checkpoints of both specs have its names.
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return block

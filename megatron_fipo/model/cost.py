@@ -8,16 +8,16 @@ class CostModel:
     """Forward floating-point operations of one sequence of n tokens, ``linear * n + quadratic * n**2``.
 
     The decoder is one of grouped-query attention, SwiGLU and a separate output weight. ``head_dim`` is Megatron's
-    ``kv_channels``; ``ffn_hidden_size`` is the width of the MLP that one token passes (mixture of experts: of the
-    experts chosen for it together). A matrix product of m x k and k x n takes 2mkn operations, the causal mask leaves
-    half of each attention matrix; norms, rotary embedding and softmax are left out. This is Megatron's
-    ``num_floating_point_operations`` (megatron/training/training.py) divided by its 3 for forward and backward; see
-    Narayanan et al. 2021 (arXiv 2104.04473), appendix.
+    ``kv_channels``; ``ffn_hidden_size`` is the width of the MLP that one token passes, on average over the layers
+    (mixture of experts: of the experts chosen for it together). A matrix product of m x k and k x n takes 2mkn
+    operations, the causal mask leaves half of each attention matrix; norms, rotary embedding, softmax and router are
+    left out. This is Megatron's ``num_floating_point_operations`` (megatron/training/training.py) divided by its 3 for
+    forward and backward; see Narayanan et al. 2021 (arXiv 2104.04473), appendix.
     """
 
     layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: float
     heads: int
     kv_heads: int
     head_dim: int

@@ -8,10 +8,12 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.errors import UserError
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _INDEX = "model.safetensors.index.json"
+# Megatron's --use-rope-scaling knows these values alone; the factor has a flag.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
@@ -99,15 +101,20 @@ def megatron_arguments(hf_dir: str | Path) -> dict[str, Any]:
             "max_position_embeddings": config["max_position_embeddings"],
             "vocab_size": config["vocab_size"],
         }
+        if config["model_type"] == "qwen3_moe":
+            arguments |= _mixture_of_experts(config)
     except KeyError as error:
         raise UserError(f"{path} lacks the key {error}: download the model's config.json again.") from error
+    rope = _rope(config)
     return arguments | {
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
         "add_qkv_bias": config["model_type"] == "qwen2",
-        "qk_layernorm": config["model_type"] == "qwen3",
+        "qk_layernorm": config["model_type"] in ("qwen3", "qwen3_moe"),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        "rotary_base": _rope(config)["rope_theta"],
+        "rotary_base": rope["rope_theta"],
+        "use_rope_scaling": rope["rope_type"] == "llama3",
+        "rope_scaling_factor": float(rope.get("factor", 1.0)),
         "rotary_percent": 1.0,
         "init_method_std": config.get("initializer_range", 0.02),
         "position_embedding_type": "rope",
@@ -119,6 +126,26 @@ def megatron_arguments(hf_dir: str | Path) -> dict[str, Any]:
     }
 
 
+def _mixture_of_experts(config: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3-MoE's routing: the softmax over all experts, its top-k, renormalised if `norm_topk_prob`."""
+    layers = range(config["num_hidden_layers"])
+    every, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    with_experts = [int(layer not in dense and (layer + 1) % every == 0) for layer in layers]
+    return {
+        "num_experts": config["num_experts"] if "num_experts" in config else config["num_local_experts"],
+        "moe_layer_freq": 1 if all(with_experts) else with_experts,
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        # A softmax over the chosen logits alone is the renormalised top-k of the softmax over all.
+        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_router_dtype": "fp32",
+        "moe_enable_routing_replay": True,  # the updates take the experts of old_logp, see model/router_replay.py
+        # No balancing loss: the gradient is the policy's alone, and pre-training has balanced the experts.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
     rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
@@ -127,13 +154,19 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
-    rope_type = _rope(config)["rope_type"]
+    family, rope = config["model_type"], _rope(config)
+    rope_type = rope["rope_type"]
     layer_types = set(config.get("layer_types") or ["full_attention"])
     unsupported = {
-        f"rope type {rope_type!r}": rope_type != "default",
+        f"rope type {rope_type!r}": rope_type not in (("default", "llama3") if family == "llama" else ("default",)),
+        "rope scaling other than Llama 3's": rope_type == "llama3" and {k: rope.get(k) for k in _LLAMA3} != _LLAMA3,
         "sliding-window attention": config.get("use_sliding_window", False) or layer_types != {"full_attention"},
         f"activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
-        "attention_bias true": config["model_type"] == "qwen3" and config.get("attention_bias", False),
+        "attention_bias true": family != "qwen2" and config.get("attention_bias", False),
+        "mlp_bias true": config.get("mlp_bias", False),
+        "num_experts_per_tok 1 with norm_topk_prob true (every weight would be 1)": family == "qwen3_moe"
+        and config.get("norm_topk_prob", False)
+        and config.get("num_experts_per_tok") == 1,
         "attention_dropout": config.get("attention_dropout", 0.0) != 0.0,
     }
     for feature, present in unsupported.items():

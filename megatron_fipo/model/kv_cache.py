@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 
@@ -15,10 +16,12 @@ class KVCache(StaticInferenceContext):
     Generation: `start_prefill`, a forward pass over the prompts, then `start_decode` and a forward pass for each token.
     """
 
-    def __init__(self, rotary: torch.nn.Module, max_length: int) -> None:
+    def __init__(self, rotary: RotaryEmbedding, max_length: int) -> None:
         """`rotary` is GPTModel's rotary embedding; `max_length` counts prompt and generated tokens."""
-        super().__init__(max_batch_size=0, max_sequence_length=max_length)
-        angles = rotary(max_length)[:, 0, 0]  # [max_length, d], first and second half alike
+        # GPTModel computes angles of its own, which nobody uses, and cuts them into 2 x context-parallel size pieces.
+        super().__init__(max_batch_size=0, max_sequence_length=max_length + max_length % 2)
+        self._max_length = max_length
+        angles = rotary.get_emb(max_length)[:, 0, 0]  # [max_length, d], first and second half alike
         sign = torch.ones_like(angles[0])
         sign[: sign.numel() // 2] = -1
         self._cos, self._sin = angles.cos(), angles.sin() * sign
@@ -68,7 +71,7 @@ class KVCache(StaticInferenceContext):
 
     def _capacity(self, end: int) -> int:
         """Room for `end` slots and as many again: long completions are rare, and memory follows what is used."""
-        return min(2 * end, self.max_sequence_length)
+        return min(2 * end, self._max_length)
 
 
 def _copy(used: Tensor, capacity: int) -> Tensor:

@@ -29,7 +29,7 @@ def packed_log_probs(
 
     Args:
         model: the GPTModel, or its distributed wrapper.
-        batch: THD tensors on the model's device.
+        batch: THD tensors on the model's device; under context parallelism this rank's share of them.
         temperature: logits are divided by it.
         vocab_size: real vocabulary; the padded rows behind it take no probability.
         with_entropy: also return the entropy of each position's distribution.
@@ -39,14 +39,14 @@ def packed_log_probs(
         logp_T fp32 [T], differentiable, 0 outside `batch.response_mask_T`: no loss reads those, and the output layer,
         a large part of a model's arithmetic, does not run for them. With `with_entropy` (logp_T, entropy_T),
         entropy_T fp32 [T] in nats, detached, 0 at the same positions.
-        On a pipeline stage that is not the last: the stage's hidden states.
+        On a pipeline stage that is not the last: the stage's hidden states, with and without `with_entropy`.
     """
     lengths = batch.cu_seqlens_padded_S1.diff()
     longest = int(lengths.max())
     params = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens_S1,
-        cu_seqlens_kv=batch.cu_seqlens_S1,
+        cu_seqlens_q=batch.cu_seqlens_padded_S1,  # padding is attended like tokens: nothing sees it
+        cu_seqlens_kv=batch.cu_seqlens_padded_S1,
         cu_seqlens_q_padded=batch.cu_seqlens_padded_S1,
         cu_seqlens_kv_padded=batch.cu_seqlens_padded_S1,
         max_seqlen_q=longest,

@@ -6,20 +6,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_fipo.data.packing import PackedBatch
-from megatron_fipo.loss import FipoConfig, LossStatistics, fipo_loss
+from megatron_fipo.loss import FipoConfig, LossStatistics
 from megatron_fipo.model.logprob import packed_log_probs
+from megatron_fipo.model.router_replay import RoutingReplay
 from megatron_fipo.ops import has_kernels_for
+from megatron_fipo.parallel.loss import context_parallel_fipo_loss
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Model chunks (one per virtual pipeline stage), optimizer, schedule; ``vocab_size`` without padding rows."""
+    """Model chunks (one per virtual pipeline stage), optimizer, schedule; ``vocab_size`` without padding rows.
+
+    ``context`` joins the context-parallel ranks; a rank's batches hold its share of the tokens. Log-probs, statistics
+    and losses exist on the last pipeline stage only.
+    """
 
     chunks: list[Any]
     optimizer: Any
@@ -27,6 +34,7 @@ class Policy:
     vocab_size: int
     temperature: float
     max_tokens: int
+    context: dist.ProcessGroup
 
     def __post_init__(self) -> None:
         config = get_model_config(self.chunks[0])
@@ -34,35 +42,56 @@ class Policy:
         config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [chunk.no_sync for chunk in self.chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self.gather_weights()
+
+    @functools.cached_property
+    def _routing(self) -> RoutingReplay:
+        return RoutingReplay(self.chunks)
+
+    def gather_weights(self) -> None:
+        """Make every rank hold all its weights, which ``--overlap-param-gather`` leaves to the next forward pass.
+
+        Rollouts, exports and checkpoints want them now, and replicas may differ in the forward passes of a rollout.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def add_old_log_probs(self, updates: Sequence[Sequence[PackedBatch]]) -> tuple[list[list[PackedBatch]], Tensor]:
         """Forward passes under the present weights: the batches with ``old_logp_T``, and the sum of entropies.
 
         The packs are those of the updates, so the first update of a rollout sees ratios of exactly 1. The second value
-        is the fp64 sum, over this replica's response tokens, of the entropy in nats.
+        is the fp64 sum, over this rank's response tokens, of the entropy in nats. Pipeline stages before the last
+        return the batches as they are, and 0.
         """
 
-        def forward(batches: Any, model: Any) -> tuple[Tensor, Any]:
+        def forward(batches: Any, model: Any) -> tuple[Any, Any]:
             batch = next(batches)
-            logp_T, entropy_T = packed_log_probs(
-                model, batch, temperature=self.temperature, vocab_size=self.vocab_size, with_entropy=True
-            )
+            with self._routing.recording(model, batch.routing):
+                output = packed_log_probs(
+                    model, batch, temperature=self.temperature, vocab_size=self.vocab_size, with_entropy=True
+                )
 
-            def keep(logp_T: Tensor) -> tuple[Tensor, Tensor, Any]:
+            def keep(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Any]:
+                logp_T, entropy_T = output
                 return logp_T.sum(), _count(0), (batch.with_old_logp(logp_T), entropy_T.double().sum())
 
-            return logp_T, keep
+            return output, keep
 
-        results = [self._run(forward, micro_batches, forward_only=True) for micro_batches in updates]
-        entropies = [entropy for update in results for _, entropy in update]
-        return [[batch for batch, _ in update] for update in results], torch.stack(entropies).sum()
+        with_old: list[list[PackedBatch]] = []
+        entropy_sum = torch.zeros((), dtype=torch.float64, device=updates[0][0].tokens_T.device)
+        for micro_batches in updates:
+            results = self._run(forward, micro_batches, forward_only=True)
+            with_old.append([batch for batch, _ in results] or list(micro_batches))
+            entropy_sum = entropy_sum + sum(entropy for _, entropy in results)
+        return with_old, entropy_sum
 
     def update(self, micro_batches: Sequence[PackedBatch], loss_config: FipoConfig) -> tuple[LossStatistics, float]:
         """One optimizer update on this replica's share of a mini-batch.
 
         Back-propagates loss sums; Megatron divides once by the denominator over all micro-batches and replicas
         (``--calculate-per-token-loss``), which the sequence filter makes known only after the last forward pass.
-        Returns this replica's loss statistics and the global gradient norm before clipping.
+        Returns the statistics of this rank's tokens and the global gradient norm before clipping.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -70,16 +99,20 @@ class Policy:
 
         def forward(batches: Any, model: Any) -> tuple[Any, Any]:
             batch = next(batches)
-            logp_T = packed_log_probs(model, batch, temperature=self.temperature, vocab_size=self.vocab_size)
+            with self._routing.replaying(model, batch.routing):
+                logp_T = packed_log_probs(model, batch, temperature=self.temperature, vocab_size=self.vocab_size)
 
             def loss(logp_T: Tensor) -> tuple[Tensor, Tensor, Any]:
-                out = fipo_loss(
+                assert batch.old_logp_T is not None, "old log-probs come before updates"
+                out = context_parallel_fipo_loss(
                     logp_T,
                     batch.old_logp_T,
                     batch.advantage_S,
                     batch.response_mask_T,
-                    batch.cu_seqlens_S1,
+                    batch.cu_seqlens_padded_S1,
                     loss_config,
+                    self.context,
+                    token_weight_T=batch.token_weight_T,
                     loss_scale_S=batch.loss_scale_S,
                     backend="compiled" if has_kernels_for(logp_T.device.type) else "torch",
                 )
@@ -89,9 +122,11 @@ class Policy:
 
             return logp_T, loss
 
+        device = micro_batches[0].tokens_T.device
         statistics = self._run(forward, micro_batches, forward_only=False)
+        self._routing.clear()
         _, grad_norm, _ = self.optimizer.step()
-        return functools.reduce(LossStatistics.merge, statistics), float(grad_norm)
+        return functools.reduce(LossStatistics.merge, statistics, LossStatistics.empty(device)), float(grad_norm)
 
     def advance_schedule(self, increment: int) -> float:
         """Move the learning-rate schedule by one rollout (``increment`` Megatron samples); returns the rate."""

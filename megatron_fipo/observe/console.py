@@ -73,6 +73,10 @@ class Console:
             self._print(Text.assemble((f"  {name:<{width}}", "dim"), f"  {_plain(value)}"))
         self._print(Text())
 
+    def note(self, text: str) -> None:
+        """One line about something that the user should know."""
+        self._print(Text(_plain(text), style="yellow"))
+
     @contextmanager
     def progress(self, name: str, total: int) -> Iterator[Progress]:
         """Live bar of one phase of the current step ("rollout": samples, "update": micro-batches); gone at its end."""

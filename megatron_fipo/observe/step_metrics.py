@@ -10,8 +10,11 @@ from torch import Tensor
 
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.loss import FipoConfig, LossStatistics
+from megatron_fipo.loss.metrics import HISTOGRAM_BINS, log_ratio_bin, log_ratio_of_bin
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.rollout import Rollout
+
+_GAP_QUANTILES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
@@ -42,27 +45,41 @@ def policy_metrics(
 ) -> dict[str, float]:
     """Entropy, and the gap between the log-probs of engine and trainer, over all response tokens of the step.
 
-    ``mismatch/kl`` is the k3 estimate of KL(engine || trainer). ``fipo/noise_gain`` is what the scan makes of
+    ``micro_batches`` hold this rank's tokens; without old log-probs (pipeline stages before the last) they count for
+    nothing. Collective over all ranks.
+
+    ``mismatch/kl`` is the k3 estimate of KL(engine || trainer); the quantiles of the absolute gap come from a histogram
+    with the error that ``loss/metrics.py`` states. ``fipo/noise_gain`` is what the scan makes of
     independent noise on each log-prob; ``fipo/noise_budget`` the noise per token that would reach the clip edge.
     """
     gap = torch.cat([_engine_gap(batch) for batch in micro_batches])
     sums = torch.stack([entropy_sum, (gap.exp() - 1 - gap).sum(), gap.square().sum(), gap.new_tensor(gap.numel())])
-    entropy, kl, square, tokens = replicas.all_reduce(sums).tolist()
-    worst = replicas.all_reduce(gap.abs().max() if gap.numel() else gap.new_zeros(()), torch.distributed.ReduceOp.MAX)
+    entropy, kl, square, tokens = replicas.all_reduce_pieces(sums).tolist()
+    worst = torch.cat([gap.abs(), gap.new_zeros(1)]).max()
+    worst = replicas.all_reduce_pieces(worst, torch.distributed.ReduceOp.MAX)
+    counts = replicas.all_reduce_pieces(torch.bincount(log_ratio_bin(gap.abs()), minlength=HISTOGRAM_BINS))
     gain = 1 / math.sqrt(1 - 2 ** (-2 / loss.half_life))
     return {
         "actor/entropy": entropy / tokens,
         "mismatch/kl": kl / tokens,
         "mismatch/rms": math.sqrt(square / tokens),
+        **{f"mismatch/{name}": min(_quantile(counts, q), worst.item()) for name, q in _GAP_QUANTILES.items()},
         "mismatch/max": worst.item(),
         "fipo/noise_gain": gain,
         "fipo/noise_budget": math.log(loss.weight_high) / gain,
     }
 
 
+def _quantile(counts: Tensor, q: float) -> float:
+    """Of the values whose histogram is ``counts``, without interpolation."""
+    rank = math.floor(q * (int(counts.sum()) - 1))
+    return log_ratio_of_bin(int(torch.searchsorted(counts.cumsum(0), rank, right=True)))
+
+
 def _engine_gap(batch: PackedBatch) -> Tensor:
     """log p of the trainer minus log p of the engine, fp64, of the response tokens."""
-    assert batch.old_logp_T is not None, "old log-probs come before metrics"
+    if batch.old_logp_T is None:
+        return torch.zeros(0, dtype=torch.float64, device=batch.rollout_logp_T.device)
     return (batch.old_logp_T - batch.rollout_logp_T)[batch.response_mask_T].double()
 
 

@@ -25,10 +25,9 @@ class MetricWriter:
         self._updates_done = sum(len(row.get("updates", ())) for row in rows)
         self._metrics = _append(folder.metrics)
         self._samples = _append(folder.samples)
-        purge_step = rows[-1]["step"] + 1 if rows else None
-        purge_update = self._updates_done if rows else None
+        purge_step = rows[-1]["step"] + 1 if rows else 0
         self._steps = SummaryWriter(str(folder.tensorboard / "steps"), purge_step=purge_step)
-        self._updates = SummaryWriter(str(folder.tensorboard / "updates"), purge_step=purge_update)
+        self._updates = SummaryWriter(str(folder.tensorboard / "updates"), purge_step=self._updates_done)
 
     def __enter__(self) -> "MetricWriter":
         return self

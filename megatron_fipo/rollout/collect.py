@@ -19,7 +19,7 @@ from megatron_fipo.loss.advantage import overlong_penalty
 from megatron_fipo.parallel.exchange import gather_rows
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.response import Verdict
-from megatron_fipo.rollout.engine import Completion, RolloutEngine, SamplingParams
+from megatron_fipo.rollout.engine import Completion, Generates, SamplingParams
 from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout, has_contrast
 from megatron_fipo.rollout.seeds import completion_seed
 
@@ -49,7 +49,7 @@ class CollectSettings:
 
 
 def collect(
-    engine: RolloutEngine,
+    engine: Generates,
     stream: PromptStream,
     verify: Verify,
     settings: CollectSettings,
@@ -108,7 +108,7 @@ def _gathered(groups: list[list[tuple[Sample, bool]]], count: int, group_size: i
 
 
 def _generate(
-    engine: RolloutEngine,
+    engine: Generates,
     visits: list[tuple[int, Prompt]],
     verify: Verify,
     settings: CollectSettings,

@@ -35,7 +35,21 @@ class Completion:
     finish_reason: str
 
 
-class RolloutEngine(Protocol):
+class Generates(Protocol):
+    """The part of an engine that a rollout is collected with."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: SamplingParams,
+        on_finished: ProgressCallback | None = None,
+    ) -> list[Completion]:
+        """As :meth:`RolloutEngine.generate`."""
+        ...
+
+
+class RolloutEngine(Generates, Protocol):
     """Generates completions with the policy's current weights.
 
     A completion depends on the weights, its prompt and its seed only, never on the rows that share its batch
@@ -48,8 +62,13 @@ class RolloutEngine(Protocol):
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
-        """Return one completion for each (prompt, seed), in order. Seeds are 63-bit integers."""
+        """Return one completion for each (prompt, seed), in order. Seeds are 63-bit integers.
+
+        ``given_up`` is asked every few dozen tokens, by ranks that generate in step at the same points, with the same
+        answer. Once it is true nobody wants the completions any more: the engine returns early, with an empty list.
+        """
         ...
 
     def update_weights(self, version: int) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from context_parallel_cases import INF, Case, run_case
 
-from megatron_fipo.loss import FipoConfig, fipo_loss
+from megatron_fipo.loss import CorrectionConfig, FipoConfig, fipo_loss, importance_correction
 from megatron_fipo.ops import discounted_scan
 from megatron_fipo.parallel import zigzag
 from megatron_fipo.parallel.carry import context_parallel_discounted_scan
+from megatron_fipo.parallel.correction import context_parallel_correction
 from megatron_fipo.parallel.loss import context_parallel_fipo_loss
 
 SIZES = (2, 4, 8)
@@ -133,6 +134,25 @@ def scans(group, device):
     return errors, sent, len(cu) - 1
 
 
+def correction(group, device):
+    """Whether weights and statistics of all corrections at once are those of whole sequences."""
+    size, rank = group.size(), group.rank()
+    batch = cases.make_batch(Case("correction", MIXED), size)
+    rollout_T = batch.old_logp_T - 0.2 * torch.randn(batch.mask_T.shape, generator=torch.Generator().manual_seed(2))
+    tensors, cu = (batch.old_logp_T, rollout_T, batch.mask_T), batch.cu_seqlens_S1
+    index = zigzag.token_index(cu, batch.mask_T.shape[0], rank, size)
+    same, dropped = [], []
+    for specs in ("token-tis:1.2 token-band:0.8:1.3", "sequence-tis:1.5 sequence-mask:0.99:1.01"):
+        config = CorrectionConfig.parse(specs.split())
+        whole = importance_correction(*tensors, cu, config)
+        ours = context_parallel_correction(*(x[index] for x in tensors), cu, config, group)
+        torch.distributed.all_reduce(ours.statistics_K, group=group)
+        same.append(torch.equal(ours.token_weight_T, whole.token_weight_T[index]))
+        same.append(torch.allclose(ours.statistics_K, whole.statistics_K, rtol=1e-12))
+        dropped.append((whole.token_weight_T == 0).double().mean().item())
+    return same, dropped
+
+
 def mistakes(group, device):
     """Messages of what is refused, before any collective."""
     batch = cases.make_batch(Case("mistakes", (16, 32)), group.size())
@@ -167,6 +187,7 @@ def results():
             *((case.name, case.sizes, run_case, (case,)) for case in CASES + SWEEP),
             ("single rank", (1,), single_rank, ()),
             ("scans", SIZES, scans, ()),
+            ("correction", (2, 4), correction, ()),
             ("mistakes", (4,), mistakes, ()),
         ]
     )
@@ -240,6 +261,12 @@ def test_returns_and_gae(results, size):
         assert errors["gae"] <= 1e-13 and errors["nan"] == 0
         bytes_sent = [8 * sequences] * 4 + [16 * sequences] * 4
         assert sent == [[(GATHER, n)] for n in bytes_sent]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_importance_correction(results, size):
+    for same, dropped in results[size, "correction"]:
+        assert all(same) and all(0.05 < share < 0.95 for share in dropped)
 
 
 def test_mistakes_are_named(results):

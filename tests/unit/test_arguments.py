@@ -87,6 +87,7 @@ def test_a_model_and_its_data_are_checked(capsys, trained_base):
         (["--global-batch-size", "8192"], ["one update per rollout", "at most 4096", "--allow-inactive-fipo"]),
         (["--global-batch-size", "16384"], ["--global-batch-size 16384", "8192"]),
         (["--num-steps", "0"], ["--num-steps 0"]),
+        (["--rollout-correction", "tis:2"], ["--rollout-correction", "'tis:2'", "token-tis:C"]),
         (["--global-batch-size", "0"], ["--global-batch-size 0"]),
         (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0"]),
         (["--eval-interval", "0"], ["--eval-interval 0"]),
@@ -100,7 +101,8 @@ def test_a_model_and_its_data_are_checked(capsys, trained_base):
         (["--exit-duration-in-mins", "3"], ["--exit-duration-in-mins", "--num-steps"]),
         (["--wandb-project", "x"], ["--wandb-project", "metrics.jsonl"]),
         (["--fp16"], ["--fp16", "--bf16"]),
-        (["--async-save"], ["--async-save"]),
+        (["--use-persistent-ckpt-worker"], ["--use-persistent-ckpt-worker"]),
+        (["--non-persistent-save-interval", "3"], ["--non-persistent-save-interval", "--keep-last"]),
         (["--fipo-half-life", "-1"], ["half_life", "-1.0"]),
         (["--fipo-weight-low", "1.5"], ["--fipo-weight-low 1.5"]),
         (["--rollout-temperature", "0"], ["--rollout-temperature 0"]),
@@ -154,6 +156,7 @@ def test_a_run_is_never_started_over(capsys, data, tmp_path):
     (tmp_path / "old" / "checkpoints" / "latest_checkpointed_iteration.txt").touch()
     own = ("--runs-dir", tmp_path, "--run-name", "old", "--load", tmp_path / "old" / "checkpoints")
     assert "already holds a run" in mistake(capsys, *data, *own, "--finetune")
+    assert "no whole checkpoint" in mistake(capsys, *data, *own)
 
 
 def test_folders_are_checked_before_the_start(capsys, data, trained_base, tmp_path):
@@ -190,15 +193,6 @@ def test_a_model_without_end_of_sequence_is_refused(capsys, data, trained_base, 
         config = {key: value for key, value in config.items() if not key.startswith("eos_token")}
         (tmp_path / "model" / name).write_text(json.dumps(config))
     assert "no end-of-sequence token" in mistake(capsys, *data, "--hf-model", tmp_path / "model", "--dry-run")
-
-
-def test_loading_from_a_folder_without_a_whole_checkpoint_says_so(tmp_path):
-    from megatron_fipo.checkpoint.state import whole_checkpoints
-
-    (tmp_path / "iter_0000002").mkdir()
-    (tmp_path / "iter_0000001").mkdir()
-    (tmp_path / "iter_0000001" / "rl_state.json").write_text("{}")
-    assert whole_checkpoints(str(tmp_path)) == [1]
 
 
 def test_a_start_without_launcher_says_how(capsys, trained_base):

@@ -35,3 +35,28 @@ def test_a_mask_may_have_holes():
     mask[2] = False  # a tool wrote token 3
     holed = Sample(**{**vars(whole), "response_mask": mask})
     assert pack([holed], [0], torch.zeros(1)).response_mask_T.tolist() == [True, False, True]
+
+
+def test_sequences_are_padded_to_the_alignment():
+    batch = pack([sample([1, 2, 3], [4, 5], 0), sample([6], [7, 8], 1)], [10, 11], torch.ones(2), alignment=4)
+    assert batch.cu_seqlens_S1.tolist() == [0, 4, 6] and batch.cu_seqlens_padded_S1.tolist() == [0, 4, 8]
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4, 6, 7, 0, 0]
+    assert batch.labels_T.tolist() == [2, 3, 4, 5, 7, 8, 0, 0]
+    assert batch.response_mask_T.tolist() == [False, False, True, True, True, True, False, False]
+
+
+def test_a_pack_without_samples_is_a_dummy_without_a_response():
+    for scale_S in (None, torch.zeros(0)):
+        batch = pack([], [], torch.zeros(0), scale_S, alignment=8)
+        assert len(batch.tokens_T) == 8 and not batch.response_mask_T.any()
+        assert batch.cu_seqlens_padded_S1.tolist() == [0, 8] and batch.advantage_S.tolist() == [0]
+        assert (batch.loss_scale_S is None) == (scale_S is None)
+
+
+def test_context_parallel_shares_hold_every_token_once():
+    whole = pack([sample([1, 2, 3], [4, 5], 0), sample([6], [7, 8], 1)], [10, 11], torch.ones(2), alignment=4)
+    first, second = (whole.shard(rank, 2) for rank in range(2))
+    assert first.tokens_T.tolist() == [1, 4, 6, 0] and second.tokens_T.tolist() == [2, 3, 7, 0]
+    assert first.labels_T.tolist() == [2, 5, 7, 0] and first.old_logp_T is None
+    assert first.cu_seqlens_padded_S1 is whole.cu_seqlens_padded_S1
+    assert whole.shard(0, 1) is whole

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from conftest import write_hf_model
 from safetensors.torch import load_file, save_file
 
 from megatron_fipo.errors import UserError
 
-CASES = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
+CASES = [(family, tied) for family in ("llama", "qwen2", "qwen3", "qwen3_moe") for tied in (True, False)]
 
 
 def copy_folder(source, target):
@@ -29,10 +30,28 @@ def test_logits_equal_transformers(build_model, hf_model, family, tied):
         torch.testing.assert_close(logits[..., :93], hf(tokens).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"norm_topk_prob": False},
+        {"mlp_only_layers": [], "num_experts_per_tok": 3},
+        {"mlp_only_layers": [], "decoder_sparse_step": 2},
+    ],
+)
+def test_routing_equals_transformers(build_model, tmp_path, settings):
+    """Weights not renormalised; experts in every layer; experts in every second layer."""
+    hf = write_hf_model(tmp_path, "qwen3_moe", tied=False, **settings)
+    model = build_model(tmp_path)[0]
+    tokens = torch.randint(0, 93, (2, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(tokens, torch.arange(50).expand(2, -1), None)
+        torch.testing.assert_close(logits[..., :93], hf(tokens).logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_round_trip_is_bit_equal(build_model, hf_model, tmp_path, family, tied, dtype):
-    from megatron_fipo.checkpoint.hf import save_hf
+    from megatron_fipo.checkpoint.hf_write import save_hf
 
     folder, _ = hf_model(family, tied=tied, dtype=dtype)
     save_hf(build_model(folder), folder, tmp_path / "out")
@@ -48,14 +67,14 @@ def test_round_trip_is_bit_equal(build_model, hf_model, tmp_path, family, tied, 
 def test_loads_sharded_and_writes_shards_and_dtype(build_model, hf_model, tmp_path, monkeypatch):
     import transformers
 
-    from megatron_fipo.checkpoint import hf
+    from megatron_fipo.checkpoint import hf_write
 
     folder, reference = hf_model("qwen3", tied=False)
-    monkeypatch.setattr(hf, "MAX_SHARD_BYTES", 50_000)
-    hf.save_hf(build_model(folder), folder, tmp_path / "sharded")
+    monkeypatch.setattr(hf_write, "MAX_SHARD_BYTES", 50_000)
+    hf_write.save_hf(build_model(folder), folder, tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
     again = build_model(tmp_path / "sharded")
-    hf.save_hf(again, folder, tmp_path / "bf16", dtype=torch.bfloat16)
+    hf_write.save_hf(again, folder, tmp_path / "bf16", dtype=torch.bfloat16)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype="auto")
     assert loaded.dtype == torch.bfloat16
     for (name, theirs), ours in zip(reference.named_parameters(), loaded.parameters(), strict=True):
@@ -63,12 +82,12 @@ def test_loads_sharded_and_writes_shards_and_dtype(build_model, hf_model, tmp_pa
 
 
 def test_export_replaces_the_folder_as_a_whole(build_model, hf_model, tmp_path):
-    from megatron_fipo.checkpoint import hf
+    from megatron_fipo.checkpoint import hf_write
 
     folder, _ = hf_model("qwen2", tied=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale").write_text("")
-    hf.save_hf(build_model(folder), folder, tmp_path / "out")
+    hf_write.save_hf(build_model(folder), folder, tmp_path / "out")
     assert not (tmp_path / "out" / "stale").exists()
 
 
@@ -98,13 +117,13 @@ def test_wrong_tensors_are_named(build_model, hf_model, tmp_path, name, fault):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_shards_join_to_the_whole(build_model, hf_model, size):
-    from megatron_fipo.checkpoint.hf import _global_parameters, _weight_map
+    from megatron_fipo.checkpoint.hf import global_parameters, weight_map_of
 
     folder, _ = hf_model("qwen2", tied=True)
-    model = build_model(folder)[0]
-    weight_map = _weight_map(model, 93)
+    model = build_model(folder)
+    weight_map = weight_map_of(model, 93)
     cut = 0
-    for name, parameter in _global_parameters(model):
+    for name, parameter in global_parameters(model).items():
         rule = weight_map.rule(name)
         shards = [rule.shard(parameter, size, rank) for rank in range(size)]
         assert torch.equal(rule.unshard(shards), parameter), name
@@ -150,18 +169,39 @@ def test_config_index_and_tokenizer_faults_are_named(hf_model, tmp_path):
         ("no complete safetensors", lambda f: (f / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"{}")),
         ("no complete safetensors", truncate),
         ("no tokenizer", lambda f: (f / "tokenizer.json").unlink()),
-        ("'mamba'.*qwen2, qwen3", edit(model_type="mamba")),
+        ("'mamba'.*llama, qwen2, qwen3, qwen3_moe", edit(model_type="mamba")),
         ("'yarn'", edit(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0})),
         ("'linear'", edit(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})),
         ("sliding-window", edit(use_sliding_window=True)),
         ("sliding-window", edit(layer_types=["full_attention", "sliding_attention", "full_attention"])),
         ("'gelu'", edit(hidden_act="gelu")),
         ("'hidden_size'", edit(hidden_size=None)),
+        ("attention_bias", edit(attention_bias=True)),
+        ("'llama3'", edit(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0})),
+        ("mlp_bias", edit(model_type="llama", mlp_bias=True)),
+        (
+            "rope scaling other than Llama 3's",
+            edit(model_type="llama", rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+        ),
+        ("'num_local_experts'", edit(model_type="qwen3_moe", moe_intermediate_size=8, num_experts_per_tok=2)),
+        ("num_experts_per_tok 1", edit(model_type="qwen3_moe", norm_topk_prob=True, num_experts_per_tok=1)),
     ]
     for number, (message, change) in enumerate(faults):
         fault(number, message, change)
     with pytest.raises(UserError, match="absent/config.json"):
         megatron_arguments(tmp_path / "absent")
+
+
+def test_arguments_of_llama_3_and_of_experts(hf_model):
+    from megatron_fipo.model.hf_config import megatron_arguments
+
+    llama = megatron_arguments(hf_model("llama", tied=True)[0])
+    assert llama["use_rope_scaling"] and llama["rope_scaling_factor"] == 8.0 and llama["rotary_base"] == 5e5
+    assert not llama["add_qkv_bias"] and not llama["qk_layernorm"] and "num_experts" not in llama
+    experts = megatron_arguments(hf_model("qwen3_moe", tied=False)[0])
+    assert experts["num_experts"] == 4 and experts["moe_router_topk"] == 2 and experts["moe_ffn_hidden_size"] == 48
+    assert experts["moe_layer_freq"] == [0, 1, 1] and not experts["moe_router_pre_softmax"]
+    assert not experts["use_rope_scaling"] and experts["qk_layernorm"]
 
 
 def test_arguments_of_old_and_new_configs(hf_model, tmp_path):

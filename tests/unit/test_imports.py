@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_fipo"
 # Each layer may import itself and what stands after it. Within a layer, modules may import each other.
 LAYERS = (
     {"train"},
-    {"session", "recorder", "report", "doctor"},
+    {"session", "recorder", "report", "doctor", "megatron_rl"},
     {"inputs"},
     {"arguments"},
     {"validation"},

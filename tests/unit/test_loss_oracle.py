@@ -23,17 +23,19 @@ def oracle(logp, old, advantage_T, mask, cu, cfg, *, groups=None, token_weight=N
     seen = set()
     responses = [[t for t in range(a, b) if mask[t]] for a, b in zip(cu[:-1], cu[1:], strict=True)]
     scales = []
-    for s, own in enumerate(responses):
+    # what a correction drops by weight 0 counts in no denominator
+    counted = [[t for t in own if token_weight is None or token_weight[t] != 0] for own in responses]
+    for s, own in enumerate(counted):
         if normalization == "token" or not own:
             scales.append(1.0)
         elif normalization == "sequence":
-            scales.append(1.0 / (len(own) * sum(1 for r in responses if r)))
+            scales.append(1.0 / (len(own) * sum(1 for r in counted if r)))
         else:
-            tokens = sum(len(r) for r, g in zip(responses, groups, strict=True) if g == groups[s])
-            used = {g for r, g in zip(responses, groups, strict=True) if r}
+            tokens = sum(len(r) for r, g in zip(counted, groups, strict=True) if g == groups[s])
+            used = {g for r, g in zip(counted, groups, strict=True) if r}
             scales.append(1.0 / (tokens * len(used)))
     kept = 0
-    for s, own in enumerate(responses):
+    for s in range(len(responses)):
         future, beyond, loss_s, grads = 0.0, 0, 0.0, {}
         for t in range(cu[s + 1] - 1, cu[s] - 1, -1):
             if not mask[t]:
@@ -70,7 +72,7 @@ def oracle(logp, old, advantage_T, mask, cu, cfg, *, groups=None, token_weight=N
         if filtered and beyond > 1:
             seen.add("dropped")
             continue
-        kept += len(own)
+        kept += len(counted[s])
         total += loss_s * scales[s]
         for t, g in grads.items():
             grad[t] = g * scales[s]
@@ -107,13 +109,16 @@ def make_batch(seed=0):
     padding = torch.tensor([NAN, INF, -INF])[torch.randint(3, (tokens,), generator=g)]
     mask[cu[-1] :] = True  # past the end: no token of any sequence
     outside = ~mask | (torch.arange(tokens) >= cu[-1])
+    token_weight = 2 * torch.rand(tokens, generator=g)
+    token_weight[token_weight < 0.2] = 0.0  # dropped
+    token_weight[cu[8] : cu[9]] = 0.0  # as a whole
     return (
         torch.where(outside, padding, logp),
         torch.where(outside, padding.flip(0), old),
         advantage,
         mask,
         cu,
-        torch.where(outside, NAN, 2 * torch.rand(tokens, generator=g)),
+        torch.where(outside, NAN, token_weight),
     )
 
 

@@ -25,7 +25,7 @@ def test_the_quadratic_part_counts_the_causal_half_of_both_attention_products():
     assert model.sequence(tokens) - model.linear * tokens == pytest.approx(2 * multiplications)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
 def test_it_is_a_third_of_what_megatron_counts_for_training(hf_model, tmp_path, family):
     from megatron_fipo import compat
 

@@ -163,23 +163,3 @@ def test_main_gradients_gather_each_micro_batch_once(build_model, hf_model, tied
         torch.testing.assert_close(
             found[name], gradient, atol=tolerance * float(gradient.abs().max()), rtol=0, msg=name
         )
-
-
-def test_groups_cover_every_token_once_and_bound_the_waste():
-    from megatron_fipo.model.attention import padded_groups
-
-    generator = torch.Generator().manual_seed(0)
-    for call_cost in (0.0, 1000.0, 50_000.0, 1e12):
-        for _ in range(20):
-            count = int(torch.randint(1, 40, (), generator=generator))
-            lengths = torch.randint(0, 200, (count,), generator=generator).tolist()
-            cu = tuple(sum(lengths[:i]) for i in range(count + 1))
-            groups = padded_groups(cu, call_cost)
-            covered = [t for _, _, pack_index, _ in groups for t in pack_index.tolist()]
-            assert sorted(covered) == list(range(cu[-1]))
-            squares = sum(n * n for n in lengths)
-            assert sum(rows * longest**2 for rows, longest, _, _ in groups) <= squares + len(groups) * call_cost
-            for rows, longest, pack_index, padded_index in groups:
-                assert padded_index.unique().numel() == padded_index.numel() == pack_index.numel()
-                assert int(padded_index.max()) < rows * longest
-            assert len(groups) <= (1 if call_cost == 1e12 else count)

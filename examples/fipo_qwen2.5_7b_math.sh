@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# FIPO on Qwen2.5-Math-7B with the published recipe (arXiv 2603.19835, Table 3): 4 nodes of 8 H100 with 80 GB.
+#
+#   HF_MODEL=/models/Qwen2.5-Math-7B PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
+#   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen2.5_7b_math.sh         # and so on, on every node
+#
+# It fits on one node (NNODES=1) as it is: see docs/launching.md, and `python tools/plan_run.py --help` for others.
+# Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON.
+set -euo pipefail
+NNODES=${NNODES:-4}
+# shellcheck source=examples/cluster.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
+require HF_MODEL "the Hugging Face folder of Qwen2.5-Math-7B (config.json, safetensors, tokenizer)"
+require PROMPT_DATA "a JSONL file of prompts with answers (docs/training.md)"
+
+MODEL=(
+    --hf-model "$HF_MODEL" --bf16
+    --max-position-embeddings 32768 # config.json says 4,096; the recipe widens the window
+)
+
+PARALLEL=(
+    --tensor-model-parallel-size 2 # weights and fp32 gradients take 22.8 of 80 GB; more would only add communication
+    --sequence-parallel
+    --pipeline-model-parallel-size 1
+    --context-parallel-size 1      # one sequence of 12,288 tokens fits easily
+    --use-distributed-optimizer    # 12 bytes a parameter over 16 replicas: 2.9 GB a GPU; over 4, one node: 11.4 GB
+    --overlap-grad-reduce --overlap-param-gather
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 # 32,768 tokens keep 3.3 GB, not 75
+    --distributed-timeout-minutes 60 # replicas wait for the one that still generates 10,240 tokens
+)
+
+ALGORITHM=(
+    --preset fipo-7b                  # every value of the paper; the rest of this list only shows the main ones
+    --fipo-half-life 32               # gamma = 2^(-1/32)
+    --fipo-weight-low 0.8 --fipo-weight-high 1.2 --fipo-safety-threshold 3
+    --grpo-prompts-per-step 512 --grpo-group-size 32
+    --global-batch-size 2048          # 64 prompts: 8 updates on each rollout, FIPO acts from the second on
+    --max-tokens-per-microbatch 32768 # more than two longest sequences, so that packs can be levelled
+)
+
+DATA=(--prompt-data "$PROMPT_DATA" --max-prompt-tokens 2048)
+if [[ -n ${EVAL_DATA:-} ]]; then # NAME:PATH:N, or several of them with spaces between
+    read -ra EVAL_SETS <<<"$EVAL_DATA"
+    DATA+=(--eval-data "${EVAL_SETS[@]}" --eval-top-p 0.7)
+fi
+
+ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-embedded}
+ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 10240 --rollout-temperature 1.0)
+if [[ $ROLLOUT_ENGINE == embedded ]]; then
+    ROLLOUT+=(--transformer-impl local) # the layers that can generate
+    ROLLOUT+=(--rollout-max-running 96) # 12,288 tokens x 28 KiB of keys and values: 34 GB a GPU at the most
+fi
+
+OPTIMIZER=(--lr 1e-6 --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0)
+
+RUN_NAME=${RUN_NAME:-fipo-qwen2.5-math-7b}
+RUNS_DIR=${RUNS_DIR:-runs} # on a file system that all nodes share
+OUTPUT=(
+    --run-name "$RUN_NAME" --runs-dir "$RUNS_DIR"
+    --save-interval 5 --keep-last 2 # weights and optimizer: 107 GB a checkpoint
+)
+if [[ -n $(compgen -G "$RUNS_DIR/$RUN_NAME/checkpoints/iter_*/rl_state.json") ]]; then
+    OUTPUT+=(--load "$RUNS_DIR/$RUN_NAME/checkpoints") # started again: go on where the newest checkpoint is
+fi
+
+launch -m megatron_fipo.train "${MODEL[@]}" "${PARALLEL[@]}" "${ALGORITHM[@]}" "${DATA[@]}" "${ROLLOUT[@]}" \
+    "${OPTIMIZER[@]}" "${OUTPUT[@]}" "$@"

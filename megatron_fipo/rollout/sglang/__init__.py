@@ -1,0 +1,1 @@
+"""Rollouts on SGLang servers, which the run starts itself or attaches to."""

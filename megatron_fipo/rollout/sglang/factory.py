@@ -1,0 +1,61 @@
+"""From flags to the engine: start or attach to the servers, let every rank know them all."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_fipo.checkpoint.hf import export_hf_weights
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.sglang.client import Client
+from megatron_fipo.rollout.sglang.engine import SGLangEngine
+from megatron_fipo.rollout.sglang.fleet import Fleet
+from megatron_fipo.rollout.sglang.sender import SyncSettings
+from megatron_fipo.rollout.sglang.server import Server
+from megatron_fipo.rollout.sglang.servers import StartSettings, address_of, attach, gather_fleet, start_servers
+from megatron_fipo.rollout.sglang.weight_sync import WeightSync
+
+API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"
+
+
+def open_fleet(args: argparse.Namespace, log_folder: Path) -> Fleet:
+    """The servers of --sglang-url, or those that the first rank of each node starts. Collective over all ranks.
+
+    Started servers get the GPUs behind those of the node's trainer ranks. Raises UserError.
+    """
+    own: list[Server] = []
+    if args.sglang_url and args.rank == 0:
+        own = attach(args.sglang_url, os.environ.get(API_KEY, ""), os.environ.get(ADMIN_KEY, ""))
+    elif args.sglang_servers and os.environ["LOCAL_RANK"] == "0":
+        settings = StartSettings(
+            model=args.hf_model,
+            count=args.sglang_servers,
+            flags=args.sglang_flags,
+            dtype="bfloat16" if args.bf16 else "float32",
+            seed=args.seed,
+            log_folder=log_folder,
+            host=address_of(args.sglang_host),
+            port=args.sglang_port,
+            first_gpu=int(os.environ["LOCAL_WORLD_SIZE"]),
+        )
+        own = start_servers(settings)
+    return gather_fleet(own)
+
+
+def open_weight_sync(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], fleet: Fleet) -> WeightSync:
+    """What brings the weights of these model chunks to the servers."""
+    settings = SyncSettings(
+        bucket_bytes=args.weight_sync_bucket_mb * 2**20,
+        pause=args.weight_sync_pause,
+        check=args.check_weights,
+        deadline_s=args.weight_sync_deadline,
+    )
+    return WeightSync(lambda: export_hf_weights(chunks, args.vocab_size), fleet, settings)
+
+
+def open_engine(args: argparse.Namespace, fleet: Fleet, sync: WeightSync, replicas: Replicas) -> SGLangEngine:
+    """The engine on these servers, whose weights come from ``sync``."""
+    client = Client(fleet, args.vocab_size, args.rollout_max_running, replicas.rank)
+    return SGLangEngine(fleet, client, sync)

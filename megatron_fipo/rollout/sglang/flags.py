@@ -1,0 +1,44 @@
+"""`--sglang-FLAG VALUE...` on the trainer's command line is `--FLAG VALUE...` on the servers'."""
+
+from collections.abc import Sequence
+
+from megatron_fipo.errors import UserError
+
+PREFIX = "--sglang-"
+OURS = ("--sglang-servers", "--sglang-url", "--sglang-host", "--sglang-port")
+"""Flags with this prefix that the trainer itself understands."""
+
+_REFUSED = {
+    "model-path": "servers load --hf-model",
+    "model": "servers load --hf-model",
+    "api-key": "every run makes keys of its own",
+    "admin-api-key": "every run makes keys of its own",
+    "config": "give its flags here",
+    "weight-version": "the trainer numbers the weights",
+    "preferred-sampling-params": "use the --rollout-* flags",
+    "enable-custom-logit-processor": "it lets requests run code, and log-probs would not be the policy's",
+    "nnodes": "start servers that span nodes yourself and give --sglang-url",
+}
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """(the trainer's words, the servers' flags without the prefix).
+
+    A flag takes the words up to the next flag. Raises UserError for a flag that cannot be passed on.
+    """
+    trainer: list[str] = []
+    servers: list[str] = []
+    words = trainer
+    for word in argv:
+        name, _, value = word.partition("=")
+        if word.startswith(PREFIX) and name not in OURS:
+            flag = name[len(PREFIX) :]
+            if flag in _REFUSED:
+                raise UserError(f"{name} is not passed on: {_REFUSED[flag]}")
+            words = servers
+            servers += [f"--{flag}", value] if value else [f"--{flag}"]
+            continue
+        if word.startswith("--"):
+            words = trainer
+        words.append(word)
+    return trainer, tuple(servers)

@@ -1,0 +1,312 @@
+"""Rank 0's side of a weight update: one broadcast in flattened buckets, inside a session that all servers hold.
+
+    open        once: a process group of this rank and all ranks of all servers, after comparing their models' names;
+                then pause generation and open SGLang's update session
+    transfer    per bucket a broadcast beside its HTTP call; the next bucket is filled meanwhile
+    finish      close the session, flush the cache, check version (and checksums), let generation go on, admit
+
+Every HTTP call has a deadline. A server that refuses, dies or is overdue is condemned with its own words. If that
+happens before the last bucket is through, the group is dissolved, and the others get everything again, from the first
+bucket on, in a new one. Only a server that finished is admitted, so a half-updated one never generates.
+"""
+
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets
+from megatron_fipo.rollout.sglang.calls import Answer, Calls, failed, fault
+from megatron_fipo.rollout.sglang.fleet import Fleet
+from megatron_fipo.rollout.sglang.parameters import Checksums, name_mismatch
+from megatron_fipo.rollout.sglang.server import MalformedAnswer, Server, ServerLost, ServerRefused
+from megatron_fipo.rollout.sglang.update_group import UpdateGroup, address_towards, default_backend
+
+log = logging.getLogger(__name__)
+
+_JOIN = "/init_weights_update_group"
+_RECEIVE_FAILED = "Failed to receive weights"  # SGLang's words for a broken broadcast, whoever broke it
+_RELEASE_S = 15.0  # for a server to notice that the group's meeting point is gone
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """``bucket_bytes``: size of a message, and of each of the sender's two buffers.
+
+    ``pause``: what becomes of requests in flight. "abort" ends them with what they have, "retract" computes their keys
+    and values again under the new weights, "in_place" lets them go on with the old ones.
+    ``check``: compare checksums of all parameters after each update; for servers of one rank each.
+    ``deadline_s``: of every call and its collective; ``join_deadline_s``: for forming the group.
+    """
+
+    bucket_bytes: int = 256 * 2**20
+    pause: str = "retract"
+    check: bool = False
+    deadline_s: float = 120.0
+    join_deadline_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A bucket on the wire: the servers' answers to come, and this end of its broadcast."""
+
+    name: str
+    answers: "dict[Server, Future[Answer]]"
+    broadcast: dist.Work
+
+
+class Sender:
+    """Sends ``buckets`` from ``device`` to the healthy servers of ``fleet``."""
+
+    def __init__(self, buckets: Sequence[Bucket], device: torch.device, fleet: Fleet, settings: SyncSettings) -> None:
+        self._buckets, self._device, self._fleet, self._settings = buckets, device, fleet, settings
+        self._tensor_names = [spec.name for bucket in buckets for spec in bucket.specs]
+        self._group_names = (f"megatron-fipo-{secrets.token_hex(4)}-{n}" for n in itertools.count())
+        self._calls = Calls()
+        self._group: UpdateGroup | None = None
+        self._versions: dict[Server, str | None] = {}  # of the group's members, in its order: what each must report
+        self._sums: Checksums | None = None
+
+    def close(self) -> None:
+        self._dissolve()
+        self._calls.close()
+
+    # --- open --------------------------------------------------------------------------------------------------------
+
+    def open(self) -> bool:
+        """A group and a session with every healthy server; False if no server is left."""
+        while servers := self._fleet.healthy():
+            if not self._is_group_of(servers):
+                self._dissolve()
+                if not self._join(servers):
+                    continue
+            if len(self._each(servers, "the begin of the update", self._begin)) == len(servers):
+                return True
+            self._dissolve()
+        return False
+
+    def _is_group_of(self, servers: Sequence[Server]) -> bool:
+        """Whether the group is that of these servers. One that was restarted since reports another version."""
+        if self._group is None or list(self._versions) != list(servers):
+            return False
+        infos = self._each(servers, "/model_info", lambda server: server.get("/model_info", self._settings.deadline_s))
+        return infos.keys() == self._versions.keys() and all(
+            self._versions[server] in (None, info.get("weight_version")) for server, info in infos.items()
+        )
+
+    def _join(self, servers: Sequence[Server]) -> bool:
+        """Form the group; False if a server was condemned instead."""
+        infos = self._each(
+            servers, "/server_info", lambda server: server.get("/server_info", self._settings.deadline_s)
+        )
+        self._check_models(infos)
+        if len(self._not_condemned(servers)) < len(servers):
+            return False
+        ranks = [int(infos[server]["tp_size"]) for server in servers]
+        group = UpdateGroup(
+            name=next(self._group_names),
+            world_size=1 + sum(ranks),
+            backend=default_backend(),
+            host=address_towards([server.address.url for server in servers]),
+            join_timeout_s=self._settings.join_deadline_s,
+            timeout_s=self._settings.deadline_s,
+        )
+        offsets = dict(zip(servers, itertools.accumulate(ranks, initial=1), strict=False))
+        answers = self._calls.start_all(
+            servers,
+            lambda server: server.post(
+                _JOIN,
+                {
+                    "master_address": group.host,
+                    "master_port": group.port,
+                    "rank_offset": offsets[server],
+                    "world_size": group.world_size,
+                    "group_name": group.name,
+                    "backend": group.backend,
+                },
+                self._settings.join_deadline_s + _RELEASE_S,
+                admin=True,
+            ),
+        )
+        if self._meet(group, answers):
+            self._group, self._versions = group, dict.fromkeys(servers)
+            return True
+        group.close()
+        return False
+
+    def _meet(self, group: UpdateGroup, answers: "dict[Server, Future[Answer]]") -> bool:
+        """Open the group once everybody is there; otherwise condemn who is to blame."""
+        pending, end = answers.values(), time.monotonic() + self._settings.join_deadline_s
+        broken: Exception | str = f"not all servers joined within {self._settings.join_deadline_s:g} s"
+
+        def all_there() -> bool:  # with NCCL they do not wait, but answer
+            return group.everyone_waits() or all(answer.done() for answer in pending)
+
+        while not any(map(failed, pending)) and not all_there() and time.monotonic() < end:
+            time.sleep(0.02)
+        if not any(map(failed, pending)) and all_there():
+            try:
+                group.open()
+                return len(self._collect(answers, _JOIN)) == len(answers)
+            except RuntimeError as error:
+                broken = error
+        refused = [server for server, answer in answers.items() if failed(answer)]
+        group.close()  # whoever waits in it now fails and answers; a server that is stuck elsewhere does not
+        lost = [server for server, answer in answers.items() if isinstance(fault(answer), ServerLost)]
+        for server in refused + lost or answers:
+            self._condemn(server, _JOIN, fault(answers[server]) or broken)
+        return False
+
+    def _check_models(self, infos: dict[Server, Answer]) -> None:
+        """Condemn servers that have no place for a tensor, or parameters that no tensor fills."""
+        for server, info in infos.items():
+            if info.get("pp_size", 1) != 1:
+                self._condemn(
+                    server, "/server_info", "servers with pipeline stages cannot be updated; use tensor parallelism"
+                )
+            if self._settings.check and info["tp_size"] != 1:
+                self._condemn(server, "--check-weights", f"needs servers of one rank, this one has {info['tp_size']}")
+        for server, report in self._each(self._not_condemned(infos), "/weights_checker", self._checksums).items():
+            if wrong := name_mismatch(self._tensor_names, report["ranks"][0]["checksums"]):
+                self._condemn(server, "names of tensors", wrong)
+
+    async def _begin(self, server: Server) -> Answer:
+        """Pause generation and open a session, first closing one that a trainer left open as it died."""
+        deadline = self._settings.deadline_s
+        await server.post("/pause_generation", {"mode": self._settings.pause}, deadline, admin=True)
+        try:
+            return await server.post("/begin_weight_update", {}, deadline, admin=True)
+        except ServerRefused as error:
+            if "already open" not in error.text:
+                raise
+        await server.post("/end_weight_update", {}, deadline, admin=True)
+        return await server.post("/begin_weight_update", {}, deadline, admin=True)
+
+    def _dissolve(self) -> None:
+        """Leave the group and let those members forget it that can."""
+        if self._group is None:
+            return
+        self._group.close()
+        body = {"group_name": self._group.name}
+        answers = self._calls.start_all(
+            self._not_condemned(self._versions),
+            lambda server: server.post("/destroy_weights_update_group", body, _RELEASE_S, admin=True),
+        )
+        for server, answer in answers.items():  # a refusal says that it has no such group
+            if isinstance(lost := fault(answer), ServerLost):
+                self._condemn(server, "/destroy_weights_update_group", lost)
+        self._group, self._versions = None, {}
+
+    # --- transfer ----------------------------------------------------------------------------------------------------
+
+    def transfer(self, stream: Iterator[tuple[str, Tensor]], version: str) -> bool:
+        """Whether every server has loaded every bucket; if not, some are condemned and the group is dissolved."""
+        self._sums = Checksums(self._tensor_names) if self._settings.check else None
+        on_wire: _Message | None = None
+        for number, (bucket, data) in enumerate(fill_buckets(stream, self._buckets, self._device), start=1):
+            if on_wire and not self._arrived(on_wire):
+                return False
+            on_wire = self._send(bucket, data, number, version if number == len(self._buckets) else None)
+            if self._sums:
+                for name, tensor in bucket.tensors(data):
+                    self._sums.add(name, tensor)
+        return on_wire is not None and self._arrived(on_wire)
+
+    def _send(self, bucket: Bucket, data: Tensor, number: int, version: str | None) -> _Message:
+        assert self._group is not None
+        body = bucket.description() | {
+            "group_name": self._group.name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,  # once at the end: one that is refused would fail the update
+            "weight_version": version,
+        }
+        path, deadline = "/update_weights_from_distributed", self._settings.deadline_s
+        answers = self._calls.start_all(self._versions, lambda server: server.post(path, body, deadline, admin=True))
+        return _Message(f"bucket {number} of {len(self._buckets)}", answers, self._group.broadcast(data))
+
+    def _arrived(self, message: _Message) -> bool:
+        """Wait until a bucket is loaded everywhere. If it breaks, condemn who broke it."""
+        assert self._group is not None
+        wait(message.answers.values(), return_when=FIRST_EXCEPTION)
+        if not any(map(failed, message.answers.values())):
+            message.broadcast.wait()
+            return True
+        # First let everyone go who hangs in this broadcast: kill who is silent, then close this end. Whoever still
+        # waits for it answers that the broadcast failed.
+        for server, answer in message.answers.items():
+            if failed(answer) and isinstance(answer.exception(), ServerLost):
+                server.kill()
+        self._group.abort()
+        try:
+            message.broadcast.wait()
+        except RuntimeError as broken:
+            log.warning("%s: %s", message.name, broken)
+        self._group.close()
+        faults = {server: error for server, answer in message.answers.items() if (error := fault(answer))}
+        victims = {s for s, e in faults.items() if isinstance(e, ServerRefused) and _RECEIVE_FAILED in e.text}
+        for server in (faults.keys() - victims) or victims:
+            self._condemn(server, message.name, faults[server])
+        self._dissolve()
+        return False
+
+    # --- finish ------------------------------------------------------------------------------------------------------
+
+    def finish(self, version: str) -> None:
+        """Admit each server whose update ends well."""
+        for server in self._each(list(self._versions), "the end of the update", lambda s: self._end(s, version)):
+            self._versions[server] = version
+            self._fleet.admit(server)
+
+    async def _end(self, server: Server, version: str) -> Answer:
+        """Close the session, check what the server holds, and let it generate."""
+        deadline = self._settings.deadline_s
+        await server.post("/end_weight_update", {}, deadline, admin=True)
+        try:
+            await server.post("/flush_cache", {}, deadline, admin=True)
+        except ServerRefused as error:  # requests that go on with their old keys and values hold the cache
+            if self._settings.pause != "in_place":
+                raise
+            log.warning("%s keeps its cache: %s", server, error)
+        info = await server.get("/model_info", deadline)
+        if info.get("weight_version") != version:
+            raise MalformedAnswer(f"it reports version {info.get('weight_version')!r} after the update to {version!r}")
+        if self._sums:
+            report = await self._checksums(server)
+            if wrong := self._sums.mismatch(report["ranks"][0]["checksums"]):
+                raise MalformedAnswer(f"--check-weights: {wrong}")
+        return await server.post("/continue_generation", {}, deadline, admin=True)
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    async def _checksums(self, server: Server) -> Answer:
+        return await server.post("/weights_checker", {"action": "checksum"}, self._settings.deadline_s, admin=True)
+
+    def _each(
+        self, servers: Sequence[Server], step: str, call: Callable[[Server], Coroutine[Any, Any, Answer]]
+    ) -> dict[Server, Answer]:
+        """Answers of the servers that gave one, in order; the others are condemned."""
+        return self._collect(self._calls.start_all(servers, call), step)
+
+    def _collect(self, answers: "dict[Server, Future[Answer]]", step: str) -> dict[Server, Answer]:
+        for server, answer in answers.items():
+            if error := fault(answer):
+                self._condemn(server, step, error)
+        return {server: answer.result() for server, answer in answers.items() if not failed(answer)}
+
+    def _condemn(self, server: Server, step: str, error: Exception | str) -> None:
+        """With the server's own words; one that does not answer is killed, where this process can."""
+        if isinstance(error, ServerLost):
+            server.kill()
+        tail = server.log_tail()
+        self._fleet.condemn(server, f"{step}: {error}" + (f"\nthe end of its log:\n{tail}" if tail else ""))
+
+    def _not_condemned(self, servers: "Sequence[Server] | dict[Server, Any]") -> list[Server]:
+        return [server for server in servers if server not in self._fleet.condemned]

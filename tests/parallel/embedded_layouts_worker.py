@@ -1,0 +1,223 @@
+"""The embedded engine in several layouts against the engine of a single process, token for token.
+
+    torchrun --nproc-per-node 4 tests/parallel/embedded_layouts_worker.py QWEN2_TIED_DIR QWEN3_DIR QWEN3_MOE_DIR
+
+with tests/ on PYTHONPATH. Prints one line for each case that agrees; the first that does not raises.
+"""
+
+import contextlib
+import io
+import itertools
+import logging
+import sys
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from conftest import LOCAL_FLAGS
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.training.arguments import parse_args, validate_args
+
+from megatron_fipo import compat
+from megatron_fipo.checkpoint.hf import load_hf_weights
+from megatron_fipo.errors import UserError
+from megatron_fipo.model.build import model_provider
+from megatron_fipo.model.hf_config import megatron_arguments
+from megatron_fipo.model.policy import Policy
+from megatron_fipo.rollout.embedded import EmbeddedEngine
+from megatron_fipo.rollout.engine import SamplingParams
+
+VOCAB, MAX_BATCH = 93, 4
+TP2, CP2, PP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "context", "pipeline-model"))
+EP2 = "--expert-model-parallel-size 2"
+UNEVEN = "--decoder-first-pipeline-num-layers 2"  # the models have three layers
+FOUR_CHUNKS = "--pipeline-model-parallel-layout Et|t|t|L"  # the last one holds no layer
+LAYOUTS = {
+    "TP2 SP": ("qwen2 qwen3", f"{TP2} --sequence-parallel"),
+    "TP4 SP": ("qwen3", "--tensor-model-parallel-size 4 --sequence-parallel"),  # more ranks than key/value heads
+    "PP2": ("qwen2 qwen3", f"{PP2} {UNEVEN}"),
+    "PP4": ("qwen2", f"--pipeline-model-parallel-size 4 {FOUR_CHUNKS}"),
+    "PP2 VPP2": ("qwen2 qwen3", f"{PP2} {FOUR_CHUNKS}"),
+    "CP2": ("qwen2", CP2),
+    "CP4": ("qwen3", "--context-parallel-size 4"),
+    "TP2 SP PP2": ("qwen2", f"{TP2} --sequence-parallel {PP2} {UNEVEN}"),
+    "TP2 SP PP2 VPP2": ("qwen3", f"{TP2} --sequence-parallel {PP2} {FOUR_CHUNKS}"),
+    "PP2 CP2": ("qwen3", f"{PP2} {UNEVEN} {CP2}"),
+    "TP2 SP CP2": ("qwen3", f"{TP2} --sequence-parallel {CP2}"),
+    "EP2": ("qwen3_moe", EP2),
+    "EP4": ("qwen3_moe", "--expert-model-parallel-size 4"),
+    "PP2 EP2": ("qwen3_moe", f"{PP2} {UNEVEN} {EP2}"),
+    "CP2 EP4": ("qwen3_moe", f"{CP2} --expert-model-parallel-size 4"),
+    "TP2 SP ETP1 EP2": ("qwen3_moe", f"{TP2} --sequence-parallel {EP2} --expert-tensor-parallel-size 1"),
+    "TP2 SP ETP2 EP2": ("qwen3_moe", f"{TP2} --sequence-parallel {EP2} --expert-tensor-parallel-size 2"),
+}
+
+
+def parse(hf_dir: str, flags: str):
+    def defaults(parser):
+        parser.set_defaults(**megatron_arguments(hf_dir))
+        return parser
+
+    sys.argv = ["test", *LOCAL_FLAGS.split(), "--moe-token-dispatcher-type", "alltoall", *flags.split()]
+    with contextlib.redirect_stdout(io.StringIO()):
+        args = parse_args(defaults)
+        args.padded_vocab_size = 96
+        validate_args(args, {"tokenizer_type": "NullTokenizer"})
+    return args
+
+
+@contextlib.contextmanager
+def parallel(hf_dir: str, flags: str):
+    """Megatron's process groups for the layout that the flags describe."""
+    args = parse(hf_dir, flags)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    yield
+    parallel_state.destroy_model_parallel()
+
+
+def build(hf_dir: str, flags: str = ""):
+    """The chunks of this rank."""
+    args = parse(hf_dir, flags)
+    stages = args.virtual_pipeline_model_parallel_size
+    chunks = [
+        model_provider(args)(
+            parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+        )
+        for stage in (range(stages) if stages else [None])
+    ]
+    load_hf_weights(chunks, hf_dir)
+    return chunks
+
+
+def requests():
+    """Ragged prompts, some of them repeated, and their seeds."""
+    generator = torch.Generator().manual_seed(0)
+    distinct = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 1, 17, 30, 2)]
+    prompts = [prompt for prompt in distinct for _ in range(2)]
+    return prompts, [11 * i + 5 for i in range(len(prompts))]
+
+
+SAMPLINGS = {
+    "greedy": SamplingParams(12, temperature=0.0),
+    "sampled, stops": SamplingParams(12, temperature=0.9, top_p=0.95, stop_token_ids=tuple(range(3, 9))),
+}
+
+
+def generate_all(engine: EmbeddedEngine, replica: int, replicas: int):
+    """One prompt on the last replica and none on the others; then what a replica generates of its share, both ways."""
+    prompts, seeds = requests()
+    few, mine = slice(0, 1 if replica == replicas - 1 else 0), slice(replica, None, replicas)
+    done = {"one prompt": engine.generate(prompts[few], seeds[few], SAMPLINGS["sampled, stops"])}
+    return done | {name: engine.generate(prompts[mine], seeds[mine], how) for name, how in SAMPLINGS.items()}
+
+
+def check_layout(hf_dir: str, flags: str, expected):
+    chunks = build(hf_dir, flags)
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    before = [settings(module) for module in modules]
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    found = generate_all(EmbeddedEngine(chunks, VOCAB, MAX_BATCH, pad_id=0), replica, replicas)
+    for name, completions in found.items():
+        wanted = expected[name]
+        if name in SAMPLINGS:
+            wanted = wanted[replica::replicas]
+        elif replica < replicas - 1:
+            wanted = []
+        assert len(completions) == len(wanted), name
+        for a, b in zip(completions, wanted, strict=True):
+            assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason), (name, a, b)
+            torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-5, rtol=0)
+    assert before == [settings(module) for module in modules], "generation changed the model's settings"
+
+
+def settings(module: torch.nn.Module):
+    config = getattr(module, "config", None)
+    names = ("sequence_parallel", "reduce_scatter_embeddings", "training")
+    return [getattr(module, name, None) for name in names] + [config and config.sequence_parallel]
+
+
+def reference(hf_dir: str):
+    done = generate_all(EmbeddedEngine(build(hf_dir), VOCAB, 64, pad_id=0), 0, 1)
+    stopped = done["sampled, stops"]
+    assert {c.finish_reason for c in stopped} == {"stop", "length"} and len({len(c.tokens) for c in stopped}) > 3
+    return done
+
+
+def check_overlapped_gather(hf_dir: str):
+    """After an update rollouts see all new weights, also where no forward pass would fetch them."""
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    found = []
+    for overlap in (False, True):
+        model = build(hf_dir)[0]
+        settings = DistributedDataParallelConfig(
+            bucket_size=4096, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=overlap
+        )
+        chunk = DistributedDataParallel(model.config, settings, model)
+        settings = OptimizerConfig(lr=1e-2, use_distributed_optimizer=True, overlap_param_gather=overlap)
+        optimizer = get_megatron_optimizer(settings, [chunk])
+        policy = Policy([chunk], optimizer, None, VOCAB, 1.0, 128, parallel_state.get_context_parallel_group())
+        engine = EmbeddedEngine([chunk], VOCAB, MAX_BATCH, pad_id=0)
+        found.append(generate_all(engine, replica, replicas))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+        assert optimizer.step()[0]
+        policy.gather_weights()
+        found.append(generate_all(engine, replica, replicas))
+        if overlap:
+            chunk.disable_forward_pre_hook()
+    before, after, before_overlapped, after_overlapped = found
+    assert before == before_overlapped and after == after_overlapped and before["greedy"] != after["greedy"]
+
+
+def check_refusals(hf_dir: str):
+    """Gathered tokens would have to be equally many on all expert-parallel ranks."""
+    try:
+        EmbeddedEngine(build(hf_dir, f"{EP2} --moe-token-dispatcher-type allgather"), VOCAB, MAX_BATCH, pad_id=0)
+    except UserError as error:
+        assert "alltoall" in str(error)
+    else:
+        raise AssertionError("was not refused")
+
+
+def main():
+    compat.install()
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    folders = dict(zip(("qwen2", "qwen3", "qwen3_moe"), sys.argv[1:], strict=True))
+    with parallel(folders["qwen3_moe"], ""):
+        expected = {model: reference(folder) for model, folder in folders.items()}
+    cases = [
+        (f"{layout} {model}", flags, partial(check_layout, folders[model], flags, expected[model]))
+        for layout, (models, flags) in LAYOUTS.items()
+        for model in models.split()
+    ]
+    cases.append(("overlapped parameter gather", "", partial(check_overlapped_gather, folders["qwen3"])))
+    cases.append(("refusal", EP2, partial(check_refusals, folders["qwen3_moe"])))
+    for flags, group in itertools.groupby(cases, key=lambda case: case[1]):
+        with parallel(folders["qwen3_moe"], flags):
+            for name, _, check in group:
+                try:
+                    check()
+                except Exception as error:
+                    error.add_note(f"case {name}, rank {dist.get_rank()}")
+                    raise
+                if dist.get_rank() == 0:
+                    print(f"agrees: {name}", flush=True)
+    dist.destroy_process_group()
+
+
+main()

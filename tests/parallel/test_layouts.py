@@ -1,0 +1,205 @@
+"""The same rollout trained in every parallel layout: the same losses, gradient norms, metrics and weights.
+
+Three updates on one rollout, FIPO active in two of them, through train.main with the flags that a user gives.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_fipo.data.samples import Sample
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.replay import write_rollout
+from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout
+
+GROUPS, GROUP_SIZE, UPDATES, VOCAB = 6, 4, 3, 93
+TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+SP, EP, ETP = "--sequence-parallel", "--expert-model-parallel-size", "--expert-tensor-parallel-size"
+FLAGS = f"""
+    --preset quickstart --num-steps 1 --grpo-prompts-per-step {GROUPS} --grpo-group-size {GROUP_SIZE}
+    --no-rollout-dynamic-sampling --global-batch-size {GROUPS * GROUP_SIZE // UPDATES} --rollout-max-tokens 60
+    --max-prompt-tokens 20 --max-tokens-per-microbatch 96 --lr 1e-3 --adam-eps 1e-6 --lr-warmup-iters 0
+    --fipo-half-life 8 --seed 1
+"""
+# name: ranks and flags. Every layout also cuts the updates into micro-batches of its own.
+DENSE = {
+    "one": (1, ""),
+    "TP2": (2, f"{TP} 2"),
+    "TP2 SP": (2, f"{TP} 2 {SP}"),
+    "PP2": (2, f"{PP} 2"),
+    "VPP2": (2, f"{PP} 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "CP2": (2, f"{CP} 2"),
+    "CP4": (4, f"{CP} 4"),
+    "DP2": (2, ""),
+    "DP2 overlap": (2, "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4096"),
+    "TP2 DP2": (4, f"{TP} 2 {SP}"),
+    "CP2 DP2": (4, f"{CP} 2"),
+    "TP2 CP2": (4, f"{TP} 2 {SP} {CP} 2"),
+    "PP2 CP2": (4, f"{PP} 2 {CP} 2"),
+    "PP2 DP2 overlap": (4, f"{PP} 2 --overlap-grad-reduce --overlap-param-gather"),
+    "recompute": (2, f"{CP} 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "corrected": (1, "--rollout-correction token-tis:1.2 sequence-mask:0.9:1.1 --loss-normalization group"),
+    "corrected CP2 DP2": (
+        4,
+        f"--rollout-correction token-tis:1.2 sequence-mask:0.9:1.1 --loss-normalization group {CP} 2",
+    ),
+    "group": (1, "--loss-normalization group"),
+    "group CP2 DP2": (4, f"--loss-normalization group {CP} 2"),
+    "sequence": (1, "--loss-normalization sequence"),
+    "sequence PP2 CP2": (4, f"--loss-normalization sequence {PP} 2 {CP} 2"),
+    "one micro-batch": (1, "--max-tokens-per-microbatch 4096"),
+    "many micro-batches": (1, "--max-tokens-per-microbatch 1"),
+}
+# Saved after one step in one layout, continued in another; a case on all ranks lets the savers finish first.
+RESHARDED = {
+    "two steps": (1, "--num-steps 2"),
+    "saver TP2": (2, f"{TP} 2 {SP} --save-interval 1"),
+    "saver DP2": (2, "--save-interval 1 --async-save"),
+    "saver one": (1, "--save-interval 1"),
+    "two steps CP4": (4, f"--num-steps 2 {CP} 4"),
+    "TP2 to DP2": (2, "--num-steps 2 --load {runs}/saver_TP2/checkpoints"),
+    "DP2 to PP2": (2, f"--num-steps 2 --load {{runs}}/saver_DP2/checkpoints {PP} 2"),
+    "one to CP2": (2, f"--num-steps 2 --load {{runs}}/saver_one/checkpoints {CP} 2"),
+    "TP2 to TP2 PP2": (4, f"--num-steps 2 --load {{runs}}/saver_TP2/checkpoints {TP} 2 {SP} {PP} 2"),
+}
+MOE = {
+    "one": (1, ""),
+    "EP2": (2, f"{EP} 2"),
+    "ETP2": (2, f"{TP} 2 {SP} {ETP} 2"),
+    "EP2 CP2": (2, f"{EP} 2 {CP} 2"),
+    "TP2 EP2": (2, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),
+    "EP2 DP4": (4, f"{EP} 2"),
+    "EP2 PP2": (4, f"{EP} 2 {PP} 2"),
+    "EP2 CP2 DP2": (4, f"{EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
+}
+
+
+def written_rollout(folder: Path, step: int) -> None:
+    """Random samples of very different lengths, with holes in the masks; engine log-probs that disagree a little."""
+    generator = np.random.default_rng(step)
+    groups, table = {}, torch.zeros(GROUPS, GROUP_SIZE, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
+    for g in range(GROUPS):
+        prompt = generator.integers(3, VOCAB, generator.integers(2, 20))
+        groups[g] = []
+        for i in range(GROUP_SIZE):
+            response = generator.integers(3, VOCAB, min(60, 1 + int(generator.lognormal(2.5, 1.0))))
+            tokens = np.concatenate([prompt, response]).astype(np.int32)
+            mask = np.arange(len(tokens)) >= len(prompt)
+            mask[len(prompt) + 2 : len(prompt) + 4] = len(response) < 8
+            correct = bool(generator.random() < 0.5) if i else g % 2 == 0
+            sample = Sample(
+                prompt_id=g, group_id=g, tokens=tokens, response_mask=mask,
+                rollout_logp=(generator.normal(-4.5, 0.3, len(tokens)) * mask).astype(np.float32),
+                finish_reason="stop", weight_versions=((0, 0, len(response)),),
+                reward=2.0 * correct - 1 + generator.normal(0, 0.1), correct=correct,
+            )  # fmt: skip
+            groups[g].append(sample)
+            table[g, i] = torch.tensor(GeneratedSamples.row(sample, False), dtype=torch.float64)
+    alone = dist.group.WORLD
+    replicas = Replicas(0, 1, alone, alone, (), torch.device("cpu"), leads=True)
+    write_rollout(str(folder), step, Rollout.of(table, range(GROUPS), 0, groups, 1), replicas)
+
+
+def run_name(case: str) -> str:
+    return case.replace(" ", "_")
+
+
+def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -> dict[str, tuple[dict, dict]]:
+    """Train every layout; {name: (metrics of the step, exported weights)}."""
+    for step in (1, 2):
+        written_rollout(folder / "rollouts", step)
+    cases = {
+        name: {
+            "ranks": ranks,
+            "argv": [
+                *f"--hf-model {hf_dir} --train-from-rollouts {folder / 'rollouts'} --runs-dir {folder}".split(),
+                *("--run-name", run_name(name), "--save-hf", str(folder / run_name(name) / "hf")),
+                *FLAGS.split(),
+                *flags.format(runs=folder).split(),
+            ],
+        }
+        for name, (ranks, flags) in layouts.items()
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    worker = Path(__file__).with_name("layout_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(worker)]
+    process = subprocess.run(
+        [*command, str(folder / "cases.json")], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    (folder / "stderr").write_text(process.stderr)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[:6000]
+    assert sorted(line.removeprefix("ran: ") for line in process.stdout.splitlines() if line.startswith("ran: ")) == (
+        sorted(layouts)
+    )
+    return {
+        name: (
+            json.loads((folder / run_name(name) / "metrics.jsonl").read_text().splitlines()[-1]),
+            load_file(folder / run_name(name) / "hf" / "model.safetensors"),
+        )
+        for name in layouts
+    }
+
+
+def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str, tolerance: float = 1e-5) -> None:
+    metrics, weights = found
+    expected_metrics, expected_weights = expected
+    for update, reference in zip(
+        [metrics, *metrics["updates"]], [expected_metrics, *expected_metrics["updates"]], strict=True
+    ):
+        for key, value in reference.items():
+            if key.startswith(("actor/", "fipo/", "mismatch/", "correction/")):
+                # Quantiles come from histograms: a value may fall into the neighbouring bin.
+                bin_width = 3e-3 if "_p" in key or "median" in key else 0.0
+                assert update[key] == pytest.approx(value, rel=tolerance + bin_width, abs=tolerance), (name, key)
+    for weight, value in expected_weights.items():
+        torch.testing.assert_close(weights[weight], value, rtol=0, atol=tolerance, msg=f"{name}: {weight}")
+
+
+@pytest.fixture(scope="module")
+def dense(megatron, hf_model, tmp_path_factory):
+    folder, _ = hf_model("qwen3", tied=False, num_hidden_layers=4)
+    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE | RESHARDED)
+
+
+@pytest.fixture(scope="module")
+def moe(megatron, hf_model, tmp_path_factory):
+    folder, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4)
+    return run_cases(tmp_path_factory.mktemp("moe"), folder, MOE)
+
+
+def test_fipo_is_active_in_the_reference(dense):
+    first, *later = dense["one"][0]["updates"]
+    assert first["fipo/active_fraction"] == 0
+    assert len(later) == 2 and all(update["fipo/active_fraction"] > 0.2 for update in later)
+    assert dense["one"][0]["actor/grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize("layout", DENSE)
+def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
+    kind = layout.split()[0]
+    check_equal(dense[layout], dense[kind if kind in ("group", "sequence", "corrected") else "one"], layout)
+
+
+def test_normalizations_differ(dense):
+    losses = {dense[name][0]["actor/pg_loss"] for name in ("one", "group", "sequence", "corrected")}
+    assert len(losses) == 4
+    assert dense["corrected"][0]["correction/dropped_fraction"] > 0
+
+
+@pytest.mark.parametrize("layout", MOE)
+def test_a_mixture_of_experts_trains_alike_in_every_layout(layout, moe):
+    check_equal(moe[layout], moe["one"], layout)
+
+
+@pytest.mark.parametrize("layout", [name for name in RESHARDED if name.startswith("two steps ") or " to " in name])
+def test_a_checkpoint_continues_in_another_layout(layout, dense):
+    check_equal(dense[layout], dense["two steps"], layout)

@@ -1,0 +1,249 @@
+"""The scripts that start big runs: numbers by --dry-run, shell by shellcheck, the Slurm job by its signals."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from megatron_fipo import compat
+from megatron_fipo.train import main
+
+compat.install()
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
+SBATCH = EXAMPLES / "slurm" / "train.sbatch"
+
+QWEN_32B = {
+    "num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
+    "num_key_value_heads": 8, "rope_theta": 1e6, "max_position_embeddings": 131072,
+}  # fmt: skip
+QWEN_MATH_7B = {
+    "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "rope_theta": 1e4, "max_position_embeddings": 4096,
+}  # fmt: skip
+# The recipes of arXiv 2603.19835: its scripts for 32B, Table 3 for 7B, and the baseline.
+RECIPES = {
+    "fipo_qwen2.5_32b.sh": (QWEN_32B, {
+        "preset": "fipo-32b", "loss": "fipo", "fipo_semantics": "official", "fipo_half_life": 32.0,
+        "fipo_weight_range": [1.0, 1.2], "fipo_safety_threshold": 10.0, "fipo_dual_clip": 10.0,
+        "clip_range": [0.2, 0.28], "prompts_per_step": 512, "group_size": 16, "samples_per_step": 8192,
+        "prompts_per_update": 64, "samples_per_update": 1024, "updates_per_step": 8, "max_prompt_tokens": 2048,
+        "max_response_tokens": 20480, "overlong_buffer": 4096, "overlong_penalty": 1.0, "temperature": 1.0,
+        "lr": 1e-6, "lr_warmup_steps": 10, "weight_decay": 0.1, "clip_grad": 1.0,
+        "world_size": 128, "tensor_parallel": 8, "data_parallel": 16,
+    }),
+    "fipo_qwen2.5_7b_math.sh": (QWEN_MATH_7B, {
+        "preset": "fipo-7b", "loss": "fipo", "fipo_semantics": "official", "fipo_half_life": 32.0,
+        "fipo_weight_range": [0.8, 1.2], "fipo_safety_threshold": 3.0, "fipo_dual_clip": 10.0,
+        "clip_range": [0.2, 0.28], "prompts_per_step": 512, "group_size": 32, "samples_per_step": 16384,
+        "prompts_per_update": 64, "samples_per_update": 2048, "updates_per_step": 8, "max_prompt_tokens": 2048,
+        "max_response_tokens": 10240, "overlong_buffer": 2048, "overlong_penalty": 1.0, "temperature": 1.0,
+        "lr": 1e-6, "lr_warmup_steps": 10, "weight_decay": 0.1, "clip_grad": 1.0,
+        "world_size": 32, "tensor_parallel": 2, "data_parallel": 16,
+    }),
+    "dapo_qwen2.5_32b.sh": (QWEN_32B, {
+        "preset": "dapo", "loss": "dapo", "fipo_weight_range": [1.0, 1.0], "fipo_dual_clip": 10.0,
+        "clip_range": [0.2, 0.28], "prompts_per_step": 512, "group_size": 16, "samples_per_step": 8192,
+        "prompts_per_update": 32, "samples_per_update": 512, "updates_per_step": 16, "max_prompt_tokens": 2048,
+        "max_response_tokens": 20480, "overlong_buffer": 4096, "overlong_penalty": 1.0, "temperature": 1.0,
+        "lr": 1e-6, "lr_warmup_steps": 10, "weight_decay": 0.1, "clip_grad": 1.0,
+        "world_size": 128, "tensor_parallel": 8, "data_parallel": 16,
+    }),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, trained_base) -> Path:
+    """An empty folder to start scripts in, with prompts.jsonl; `python` and `torchrun` are those of the tests."""
+    shutil.copy(trained_base / "train.jsonl", tmp_path / "prompts.jsonl")
+    return tmp_path
+
+
+def write_model(folder: Path, architecture: dict, tokenizer_from: Path) -> Path:
+    """A Hugging Face folder of the real architecture without a weight in it: --dry-run reads no tensor."""
+    folder.mkdir()
+    shutil.copy(tokenizer_from / "tokenizer.json", folder)
+    shutil.copy(tokenizer_from / "tokenizer_config.json", folder)
+    save_file({}, folder / "model.safetensors")
+    config = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "vocab_size": 152064, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config | architecture))
+    return folder
+
+
+def run_script(script: Path, folder: Path, *flags: str, first: Path | None = None, **variables: object):
+    """Start a script in `folder` with an environment of its own; `first` stands before everything on its PATH."""
+    search = [*([str(first)] if first else []), str(Path(sys.executable).parent), os.environ["PATH"]]
+    names = ("HOME", "LD_LIBRARY_PATH", "PYTHONPATH")
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    environment |= {"PATH": ":".join(search), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    command = ["bash", str(script), *flags]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def recorded(folder) -> Path:
+    """A folder whose `python` and `torchrun` write down what a script starts: the command line is then parsed in this
+    process, as importing torch and Megatron again for each script would take most of a minute."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    for name in ("python", "torchrun"):
+        (bin_folder / name).write_text(
+            f"#!{sys.executable}\nimport json, os, sys\n"
+            f"record = {{'command': [{name!r}, *sys.argv[1:]], 'environment': dict(os.environ)}}\n"
+            f"open({str(folder / 'started.jsonl')!r}, 'a').write(json.dumps(record) + chr(10))\n"
+        )
+        (bin_folder / name).chmod(0o755)
+    return bin_folder
+
+
+def started(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "started.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_dry_run_has_the_numbers_of_the_recipe(name, folder, recorded, trained_base, monkeypatch, capsys):
+    architecture, expected = RECIPES[name]
+    model = write_model(folder / "model", architecture, trained_base)
+    variables = {"HF_MODEL": model, "PROMPT_DATA": folder / "prompts.jsonl"}
+    variables |= {"EVAL_DATA": f"a:{trained_base / 'heldout.jsonl'}:32 b:{trained_base / 'heldout.jsonl'}:4"}
+    script = run_script(EXAMPLES / name, folder, "--dry-run", "--num-steps", "77", first=recorded, **variables)
+    assert script.returncode == 0, script.stderr
+    (start,) = started(folder)
+    command, environment = start["command"], start["environment"]
+    assert command[:3] == ["python", "-m", "megatron_fipo.train"]
+    monkeypatch.setenv("WORLD_SIZE", environment["WORLD_SIZE"])
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", environment["CUDA_DEVICE_MAX_CONNECTIONS"])
+    monkeypatch.chdir(folder)
+    code = main(command[3:])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    values = json.loads(out)
+    assert {key: values[key] for key in expected} == expected
+    assert values["num_steps"] == 77 and values["prompts"] == 400 and values["eval_prompts"] == 128
+    assert values["pipeline_parallel"] == values["context_parallel"] == 1
+
+
+def test_one_script_from_shell_to_json(folder, trained_base):
+    """The same with nothing recorded."""
+    model = write_model(folder / "model", QWEN_MATH_7B, trained_base)
+    variables = {"HF_MODEL": model, "PROMPT_DATA": folder / "prompts.jsonl", "NNODES": 1}
+    script = run_script(EXAMPLES / "fipo_qwen2.5_7b_math.sh", folder, "--dry-run", **variables)
+    assert script.returncode == 0, script.stderr
+    assert json.loads(script.stdout)["data_parallel"] == 4
+
+
+def test_the_launch_names_every_node(folder, recorded):
+    variables = {"HF_MODEL": "/models/m", "PROMPT_DATA": "p.jsonl", "NODE_RANK": 3, "MASTER_ADDR": "node0"}
+    variables |= {"MASTER_PORT": 12345, "GPUS_PER_NODE": 4, "JOIN_TIMEOUT": 50}
+    script = run_script(EXAMPLES / "fipo_qwen2.5_32b.sh", folder, "--seed", "5", first=recorded, **variables)
+    assert script.returncode == 0, script.stderr
+    wait, torchrun = (start["command"] for start in started(folder))
+    assert Path(wait[1]).resolve() == ROOT / "tools" / "wait_for_nodes.py"
+    assert " ".join(wait[2:]) == "--nnodes 16 --node-rank 3 --master-addr node0 --port 12346 --timeout 50"
+    line = " ".join(torchrun)
+    assert line.startswith(
+        "torchrun --nnodes 16 --node-rank 3 --nproc-per-node 4 --master-addr node0 --master-port 12345 "
+        "--rdzv-conf timeout=50 -m megatron_fipo.train --hf-model /models/m"
+    )
+    assert line.endswith("--seed 5") and "--load" not in line
+
+
+def test_a_second_start_goes_on_from_the_checkpoint(folder, recorded):
+    checkpoints = folder / "runs" / "fipo-qwen2.5-32b" / "checkpoints"
+    (checkpoints / "iter_0000005").mkdir(parents=True)
+    (checkpoints / "iter_0000005" / "rl_state.json").touch()
+    variables = {"HF_MODEL": "m", "PROMPT_DATA": "p.jsonl", "NNODES": 1}
+    run_script(EXAMPLES / "fipo_qwen2.5_32b.sh", folder, first=recorded, **variables)
+    command = started(folder)[-1]["command"]
+    assert (folder / command[command.index("--load") + 1]).samefile(checkpoints)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_missing_is_named_in_one_line(name, folder):
+    both = {"HF_MODEL": "m", "PROMPT_DATA": "p.jsonl"}
+    for missing, variables in (
+        ("HF_MODEL", {}),
+        ("PROMPT_DATA", {"HF_MODEL": "m"}),
+        ("MASTER_ADDR", both),
+    ):
+        script = run_script(EXAMPLES / name, folder, **variables)
+        assert script.returncode == 2 and script.stdout == "" and script.stderr.count("\n") == 1, script.stderr
+        assert script.stderr.startswith(f"{name}: {missing} is not set: ")
+
+
+def test_shellcheck_has_nothing_to_say():
+    files = [*SCRIPTS, *EXAMPLES.glob("*/*.sh"), *EXAMPLES.glob("*/*.sbatch"), *ROOT.glob("tools/*.sh")]
+    assert len(files) >= 6
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "requirements/dev.txt brings it: make env"
+    checked = subprocess.run([shellcheck, "--external-sources", *files], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_what_the_slurm_job_asks_for():
+    lines = SBATCH.read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    assert all(not line.startswith("#SBATCH") for line in lines[first_command:])  # Slurm stops reading there
+    options = dict(re.fullmatch(r"--([a-z-]+)(?:=(\S+))?", directive).groups() for directive in directives)
+    assert options["nodes"] == "16" and options["gpus-per-node"] == "8" and options["ntasks-per-node"] == "1"
+    assert "requeue" in options and options["open-mode"] == "append"
+    who, seconds = re.fullmatch(r"(B:USR1)@(\d+)", options["signal"]).groups()
+    assert who and int(seconds) > int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", SBATCH.read_text())[1])
+
+
+SLURM = {
+    "scontrol": 'if [[ $1 == show ]]; then echo node7; echo node8; else echo "$*" >>scontrol.log; fi',
+    "srun": 'while [[ $1 == --* ]]; do echo "$1" >>srun.log; shift; done; SLURM_NODEID=1 exec "$@"',
+}
+
+
+def start_job(folder: Path, recipe: str, **variables: str) -> subprocess.Popen:
+    """train.sbatch with stand-ins for Slurm's two commands, which run the one task here."""
+    for name, body in {**SLURM, "recipe": recipe}.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "40123", "SLURM_JOB_NUM_NODES": "2"}
+    environment |= {"SLURM_JOB_NODELIST": "node[7-8]", "HF_MODEL": "/m/q", "PROMPT_DATA": "/d/p.jsonl"}
+    environment |= variables
+    return subprocess.Popen(
+        ["bash", str(SBATCH), "recipe", "--seed", "5"],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_a_job_that_ends_by_itself_is_not_started_again(tmp_path):
+    job = start_job(tmp_path, 'echo "$NODE_RANK of $NNODES at $MASTER_ADDR:$MASTER_PORT, flags $*"; exit 7')
+    out, _ = job.communicate(timeout=30)
+    assert job.returncode == 7 and out == "1 of 2 at node7:20123, flags --seed 5\n"
+    assert not (tmp_path / "scontrol.log").exists()
+    assert "--container" not in (tmp_path / "srun.log").read_text()
+
+
+def test_a_job_in_a_container_sees_model_data_and_runs(tmp_path):
+    job = start_job(tmp_path, 'echo "$RUNS_DIR"', CONTAINER_IMAGE="/images/a.sqsh")
+    out, _ = job.communicate(timeout=30)
+    assert job.returncode == 0 and out == f"{tmp_path}/runs\n"
+    options = (tmp_path / "srun.log").read_text().splitlines()
+    assert "--container-image=/images/a.sqsh" in options and f"--container-mounts={tmp_path},/m,/d" in options
+
+
+def test_a_job_out_of_time_saves_and_goes_back_to_the_queue(tmp_path):
+    """Slurm's USR1 to the batch shell becomes the SIGTERM on which training saves; the requeue waits for that."""
+    saves = "trap 'sleep 1; echo saved; exit 0' TERM; echo training; while :; do sleep 0.1; done"
+    job = start_job(tmp_path, saves)
+    assert job.stdout is not None and job.stdout.readline() == "training\n"
+    job.send_signal(signal.SIGUSR1)
+    out, _ = job.communicate(timeout=30)
+    assert out == "saved\n"
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 40123\n"

@@ -218,8 +218,8 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse and check a command line; nothing is started.
+def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.Namespace:
+    """Parse and check a command line; nothing is started. Without ``training`` it is one for evaluate.py.
 
     Raises UserError naming the flag, the value seen and the fix.
     """
@@ -244,8 +244,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.dry_run:  # as if started on enough ranks for one replica
         args.world_size = max(args.world_size, model_parallel_size(args))
     args.command_line = list(argv)
-    check(args)
-    _derive(args)
+    check(args, training=training)
+    if not training:
+        args.global_batch_size = args.world_size  # a batch that every layout takes
+        args.finetune, args.save_interval = True, None
+    _derive(args, training)
     if args.hf_model:
         validate_megatron(args)
     return args
@@ -290,22 +293,22 @@ def platform_defaults() -> dict[str, Any]:
     }
 
 
-def _derive(args: argparse.Namespace) -> None:
+def _derive(args: argparse.Namespace, training: bool) -> None:
     """Fill in Megatron's arguments that follow from ours."""
     args.train_iters = args.num_steps  # one learning-rate step per rollout
     args.min_lr = args.lr if args.min_lr is None else args.min_lr
     args.lr_decay_iters = args.lr_decay_iters or max(args.num_steps, args.lr_warmup_iters + 1)
     args.seq_length = args.max_prompt_tokens + args.rollout_max_tokens
     args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
-    _find_start(args)
+    _find_start(args, training)
     args.load = None  # we load after the model is built, see checkpoint/state.py
     if args.save_interval:
         args.save = str(RunFolder(Path(args.runs_dir), args.run_name).checkpoints)
 
 
-def _find_start(args: argparse.Namespace) -> None:
+def _find_start(args: argparse.Namespace, training: bool) -> None:
     run = RunFolder(Path(args.runs_dir), args.run_name)
-    if args.dry_run or args.rollout_only:  # the run's folder is not touched
+    if args.dry_run or args.rollout_only or not training:  # the run's folder is not touched
         if args.load:
             check_loadable(args.load, finetune=args.finetune)
         args.load_run, args.start_note = args.load, None

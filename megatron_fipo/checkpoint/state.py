@@ -131,7 +131,8 @@ class Checkpoints:
         if _has_manifests(folder):
             self._args.ckpt_step = self._newest_whole(folder)
         checkpointing.load_checkpoint(self._model, None, None)
-        self._optimizer.reload_model_params()  # fp32 main copies, where there are any
+        if self._optimizer is not None:  # an evaluation has none
+            self._optimizer.reload_model_params()  # fp32 main copies, where there are any
 
     def _newest_whole(self, folder: Path) -> int:
         damages = []

@@ -15,11 +15,11 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from conftest import LOCAL_FLAGS
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.training.arguments import parse_args, validate_args
+from tiny_models import LOCAL_FLAGS
 
 from megatron_fipo import compat
 from megatron_fipo.checkpoint.hf import load_hf_weights

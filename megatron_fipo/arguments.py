@@ -1,6 +1,6 @@
 """Flags: Megatron's own, ours beside them, presets and the Hugging Face model as their defaults.
 
-Order of precedence, weakest first: Megatron's defaults, the machine (``_platform_defaults``), the preset, the model's
+Order of precedence, weakest first: Megatron's defaults, the machine (``platform_defaults``), the preset, the model's
 config.json, the command line.
 """
 
@@ -148,9 +148,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weight-sync-bucket-mb",
         type=int,
-        default=256,
+        default=512 if torch.cuda.is_available() else 16,
         metavar="MB",
-        help="weights go to servers in messages of MB",
+        help="weights go to servers in messages of MB; default: 512 with GPUs, 16 without",
     )
     group.add_argument(
         "--weight-sync-deadline", type=float, default=120.0, metavar="S", help="a server that takes longer is given up"
@@ -218,8 +218,8 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse and check a command line; nothing is started.
+def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.Namespace:
+    """Parse and check a command line; nothing is started. Without ``training`` it is one for evaluate.py.
 
     Raises UserError naming the flag, the value seen and the fix.
     """
@@ -230,7 +230,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--preset", default=DEFAULT_PRESET)
     first.add_argument("--hf-model")
     chosen, _ = first.parse_known_args(argv)
-    parser.set_defaults(**_platform_defaults())
+    parser.set_defaults(**platform_defaults())
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))  # an unknown name fails below, as any bad choice does
     if chosen.hf_model:
         parser.set_defaults(**model_arguments(chosen.hf_model))
@@ -244,10 +244,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.dry_run:  # as if started on enough ranks for one replica
         args.world_size = max(args.world_size, model_parallel_size(args))
     args.command_line = list(argv)
-    check(args)
-    _derive(args)
+    check(args, training=training)
+    if not training:
+        args.global_batch_size = args.world_size  # a batch that every layout takes
+        args.finetune, args.save_interval = True, None
+    _derive(args, training)
     if args.hf_model:
-        _validate_megatron(args)
+        validate_megatron(args)
     return args
 
 
@@ -259,7 +262,7 @@ def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
     return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
-def _platform_defaults() -> dict[str, Any]:
+def platform_defaults() -> dict[str, Any]:
     """What every RL run needs from Megatron, and what the machine at hand cannot do."""
     defaults: dict[str, Any] = {
         "micro_batch_size": 1,  # one pack
@@ -290,22 +293,22 @@ def _platform_defaults() -> dict[str, Any]:
     }
 
 
-def _derive(args: argparse.Namespace) -> None:
+def _derive(args: argparse.Namespace, training: bool) -> None:
     """Fill in Megatron's arguments that follow from ours."""
     args.train_iters = args.num_steps  # one learning-rate step per rollout
     args.min_lr = args.lr if args.min_lr is None else args.min_lr
     args.lr_decay_iters = args.lr_decay_iters or max(args.num_steps, args.lr_warmup_iters + 1)
     args.seq_length = args.max_prompt_tokens + args.rollout_max_tokens
     args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
-    _find_start(args)
+    _find_start(args, training)
     args.load = None  # we load after the model is built, see checkpoint/state.py
     if args.save_interval:
         args.save = str(RunFolder(Path(args.runs_dir), args.run_name).checkpoints)
 
 
-def _find_start(args: argparse.Namespace) -> None:
+def _find_start(args: argparse.Namespace, training: bool) -> None:
     run = RunFolder(Path(args.runs_dir), args.run_name)
-    if args.dry_run or args.rollout_only:  # the run's folder is not touched
+    if args.dry_run or args.rollout_only or not training:  # the run's folder is not touched
         if args.load:
             check_loadable(args.load, finetune=args.finetune)
         args.load_run, args.start_note = args.load, None
@@ -315,13 +318,13 @@ def _find_start(args: argparse.Namespace) -> None:
         args.load,
         finetune=args.finetune,
         command_line=args.command_line,
-        num_steps=args.num_steps,
         saves=bool(args.save_interval),
     )
     args.load_run, args.finetune, args.start_note = start.load, start.weights_only, start.note
 
 
-def _validate_megatron(args: argparse.Namespace) -> None:
+def validate_megatron(args: argparse.Namespace) -> None:
+    """Derive the padded vocabulary and let Megatron check its arguments. Raises UserError with Megatron's reason."""
     # Megatron prints as it validates; stdout belongs to the run's own lines and to --dry-run's JSON.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:

@@ -84,22 +84,28 @@ def check_command_line(argv: Sequence[str]) -> None:
                 raise UserError(f"{flag} is not used here: {instead}")
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check parsed arguments. Raises UserError naming the flag, the value seen and the fix."""
+def check(args: argparse.Namespace, *, training: bool = True) -> None:
+    """Check parsed arguments, without ``training`` those of an evaluation.
+
+    Raises UserError naming the flag, the value seen and the fix.
+    """
     for name in _POSITIVE:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must not be negative")
-    _check_batch(args)
+    if training:
+        _check_batch(args)
     _check_algorithm(args)
     _check_parallel(args)
     _check_engine(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
     if not args.hf_model:
-        raise UserError("--hf-model is missing: give the Hugging Face folder of the model to train")
-    if not args.prompt_data and not args.train_from_rollouts:
+        raise UserError("--hf-model is missing: give the Hugging Face folder of the model")
+    if not training and not args.eval_data:
+        raise UserError("--eval-data is missing: give at least one set, for example aime24:aime24.jsonl:32")
+    if training and not args.prompt_data and not args.train_from_rollouts:
         raise UserError("--prompt-data is missing: give at least one file of prompts")
     _check_prompt_weights(args)
     _check_eval_data(args.eval_data)

@@ -46,6 +46,7 @@ class SGLangEngine:
 
     def __init__(self, fleet: Fleet, client: Client, sync: WeightSync, replicas: Replicas):
         self._fleet, self._client, self._sync, self._replicas = fleet, client, sync, replicas
+        self._starting: set[Server] = set()
 
     def generate(
         self,
@@ -74,7 +75,7 @@ class SGLangEngine:
     def update_weights(self, version: int) -> None:
         """Publish the trainer's weights; from here on only servers that hold them generate. Raises RolloutFailed."""
         self._agree()
-        self._pardon_who_answers()
+        self._pardon_or_restart()
         self._fleet.begin_update(version)
         self._sync.publish(version)
         self._agree()
@@ -140,14 +141,20 @@ class SGLangEngine:
             if servers[i] not in self._fleet.condemned:
                 self._fleet.admit(servers[i])
 
-    def _pardon_who_answers(self) -> None:
-        """Condemned servers that answer again (continued, reachable again) take part in the coming update."""
+    def _pardon_or_restart(self) -> None:
+        """Condemned servers that answer again (continued, reachable again, restarted) take part in the coming update;
+        the others are started again by whoever started them, to take part in a later one."""
         answering: list[Any] = [[]]
         if dist.get_rank() == 0:
             answering = [asyncio.run(_answering(self._fleet.servers, self._fleet.condemned))]
         dist.broadcast_object_list(answering, src=0, device=self._replicas.device)
-        for i in answering[0]:
-            self._fleet.pardon(self._fleet.servers[i])
+        for i, server in enumerate(self._fleet.servers):
+            if i in answering[0]:
+                self._starting.discard(server)
+                self._fleet.pardon(server)
+            elif server in self._fleet.condemned and (server not in self._starting or not server.alive()):
+                self._starting.add(server)
+                server.restart()
 
 
 async def _unless(stopped: threading.Event, completions: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:

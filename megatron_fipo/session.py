@@ -22,7 +22,7 @@ from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.inputs import Inputs
-from megatron_fipo.loss import FipoConfig
+from megatron_fipo.loss import CorrectionConfig, FipoConfig
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.observe.console import Console
@@ -36,7 +36,7 @@ from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.settings import collect_settings, loss_config, planner
+from megatron_fipo.settings import collect_settings, correction_config, loss_config, planner
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Session:
     stream: PromptStream
     collect: CollectSettings
     loss: FipoConfig
+    correction: CorrectionConfig
     plan: Callable[[Sequence[int]], list[UpdatePlan]]
     eval_sets: tuple[EvaluationSet, ...]
     eval_sampling: SamplingParams
@@ -97,6 +98,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         stream=stream,
         collect=collect_settings(args, stop),
         loss=loss,
+        correction=correction_config(args),
         plan=planner(args),
         eval_sets=inputs.eval_sets,
         eval_sampling=SamplingParams(args.rollout_max_tokens, 1.0, args.eval_top_p, stop),

@@ -20,6 +20,7 @@ from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
 from megatron_fipo.checkpoint.hf_write import save_hf
 from megatron_fipo.checkpoint.state import LoopState
 from megatron_fipo.data.batches import make_micro_batches
+from megatron_fipo.data.correction import correct_updates
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.inputs import read_inputs
@@ -64,6 +65,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         learning_rate = run.policy.advance_schedule(args.global_batch_size)
         with run.timer("old_logp"):
             updates, entropy_sum = run.policy.add_old_log_probs(updates)
+            updates, correction = correct_updates(updates, plan, rollout, run.correction, run.loss, run.replicas)
         with run.timer("update"), run.console.progress("update", len(updates) * args.grpo_iterations) as progress:
             results = []
             for micro_batches in updates * args.grpo_iterations:
@@ -75,7 +77,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         run.engine.update_weights(step)
         due = step % args.eval_interval == 0 or step == args.num_steps
         evaluation = evaluate(run) if due else None
-        run.recorder.step(step, rollout, updates, entropy_sum, results, learning_rate, evaluation)
+        run.recorder.step(step, rollout, updates, entropy_sum, correction, results, learning_rate, evaluation)
         state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)

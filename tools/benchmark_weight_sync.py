@@ -3,10 +3,10 @@
     python tools/benchmark_weight_sync.py [--json FILE] [--quick]
 
 The tensors of a bf16 model with Qwen2.5-0.5B's shapes (14 layers, 0.7 GB) go over gloo to one process that unpacks
-them, in turn as a whole update and as one bare broadcast between the same two processes, from and to memory that is
-there already. `sync_over_broadcast` is the time of the broadcast over that of the update (more is better: 1 is line
-rate), `sync_buckets` the memory that the sending process takes meanwhile, in buckets. Then a real SGLang server on this
-machine takes the same update; what it adds is its own loading.
+them into views, in turn as a whole update (session, buckets, version) and as one bare broadcast, between the same two
+processes and into memory that is there already. `sync_over_broadcast` is the time of the broadcast over that of the
+update (more is better: 1 is line rate), `sync_buckets` the memory that the sending process takes for updates, in
+buckets. Then a real SGLang server on this machine takes the same update: it also copies into its parameters.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from megatron_fipo.rollout.sglang.servers import StartSettings, start_servers
 from megatron_fipo.rollout.sglang.update_group import UpdateGroup
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
-BUCKET_MB = 64
+BUCKET_MB = 16  # the default without GPUs
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -82,7 +82,7 @@ class RawBroadcast:
     """The same bytes in one broadcast to the same process."""
 
     def __init__(self, server: Server, nbytes: int) -> None:
-        self._server, self._calls, self._data = server, Calls(), torch.zeros(nbytes, dtype=torch.uint8)
+        self._server, self._calls, self._data = server, Calls(), torch.ones(nbytes, dtype=torch.uint8)
         self._group = UpdateGroup("raw", 2, "gloo", "127.0.0.1", 60, 120)
         where = {"master_address": self._group.host, "master_port": self._group.port, "group_name": "raw"}
         body = where | {"rank_offset": 1, "world_size": 2, "backend": "gloo"}
@@ -177,14 +177,15 @@ def main() -> None:
     nbytes = sum(tensor.nbytes for tensor in weights.values())
     print(f"{len(weights)} tensors, {nbytes / 1e9:.2f} GB, buckets of {BUCKET_MB} MB")
     with receiver(weights) as server:
-        update, raw = Update(server, weights), RawBroadcast(server, nbytes)
+        update = Update(server, weights)
+        buckets = peak_mb(update.seconds) / BUCKET_MB
+        raw = RawBroadcast(server, nbytes)
         update.seconds(), raw.seconds()
         samples: dict[str, list[float]] = {"raw broadcast": [], "weight update": []}
         for _ in range(rounds):
             samples["raw broadcast"].append(raw.seconds())
             samples["weight update"].append(update.seconds())
-        buckets = peak_mb(update.seconds) / BUCKET_MB
-    # X samples["weight update of an SGLang server"] = real_server(weights, rounds)
+    samples["weight update of an SGLang server"] = real_server(weights, rounds)
     rows = [row(name, seconds, nbytes) for name, seconds in samples.items()]
     pairs = zip(samples["raw broadcast"], samples["weight update"], strict=True)
     ratios = {"sync_over_broadcast": statistics.median(a / b for a, b in pairs), "sync_buckets": buckets}

@@ -46,6 +46,11 @@ DENSE = {
     "PP2 CP2": (4, f"{PP} 2 {CP} 2"),
     "PP2 DP2 overlap": (4, f"{PP} 2 --overlap-grad-reduce --overlap-param-gather"),
     "recompute": (2, f"{CP} 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "corrected": (1, "--rollout-correction token-tis:1.2 sequence-mask:0.9:1.1 --loss-normalization group"),
+    "corrected CP2 DP2": (
+        4,
+        f"--rollout-correction token-tis:1.2 sequence-mask:0.9:1.1 --loss-normalization group {CP} 2",
+    ),
     "group": (1, "--loss-normalization group"),
     "group CP2 DP2": (4, f"--loss-normalization group {CP} 2"),
     "sequence": (1, "--loss-normalization sequence"),
@@ -151,7 +156,7 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
         [metrics, *metrics["updates"]], [expected_metrics, *expected_metrics["updates"]], strict=True
     ):
         for key, value in reference.items():
-            if key.startswith(("actor/", "fipo/", "mismatch/")):
+            if key.startswith(("actor/", "fipo/", "mismatch/", "correction/")):
                 # Quantiles come from histograms: a value may fall into the neighbouring bin.
                 bin_width = 3e-3 if "_p" in key or "median" in key else 0.0
                 assert update[key] == pytest.approx(value, rel=tolerance + bin_width, abs=tolerance), (name, key)
@@ -180,13 +185,14 @@ def test_fipo_is_active_in_the_reference(dense):
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
-    normalization = layout.split()[0]
-    check_equal(dense[layout], dense[normalization if normalization in ("group", "sequence") else "one"], layout)
+    kind = layout.split()[0]
+    check_equal(dense[layout], dense[kind if kind in ("group", "sequence", "corrected") else "one"], layout)
 
 
 def test_normalizations_differ(dense):
-    losses = {dense[name][0]["actor/pg_loss"] for name in ("one", "group", "sequence")}
-    assert len(losses) == 3
+    losses = {dense[name][0]["actor/pg_loss"] for name in ("one", "group", "sequence", "corrected")}
+    assert len(losses) == 4
+    assert dense["corrected"][0]["correction/dropped_fraction"] > 0
 
 
 @pytest.mark.parametrize("layout", MOE)

@@ -3,8 +3,8 @@
     python tools/benchmarks/weight_receiver.py < names.json
 
 `names.json` lists the parameters that it claims to have. It prints its port and answers the calls of weight updates:
-tensors are rebuilt from names, dtypes and shapes, and copied into parameters of its own. `/raw_broadcast` receives the
-same bytes and nothing more, into memory that is there already.
+tensors are rebuilt from names, dtypes and shapes. `/raw_broadcast` receives the same bytes and nothing more. Both
+receive into memory that is there already.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ class Receiver:
     def __init__(self, names: list[str]) -> None:
         self.names, self.version = names, "none"
         self.groups: dict[str, Any] = {}
-        self.parameters: dict[str, torch.Tensor] = {}
-        self.raw = torch.empty(0, dtype=torch.uint8)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
     def server_info(self) -> dict[str, Any]:
         return {"tp_size": 1, "pp_size": 1}
@@ -56,18 +56,22 @@ class Receiver:
     ) -> None:
         specs = [(getattr(torch, dtype), shape) for dtype, shape in zip(dtypes, shapes, strict=True)]
         sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in specs]
-        data = torch.empty(sum(sizes), dtype=torch.uint8)
+        data = self._memory(sum(sizes))
         dist.broadcast(data, src=0, group=self.groups[group_name])
-        for name, (dtype, shape), part in zip(names, specs, data.split(sizes), strict=True):
-            tensor = part.view(dtype).view(shape)
-            self.parameters.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
+        parts = zip(names, specs, data.split(sizes), strict=True)
+        self.tensors |= {name: part.view(dtype).view(shape) for name, (dtype, shape), part in parts}
         self.version = weight_version or self.version
 
     def raw_broadcast(self, nbytes: int, group_name: str) -> None:
-        if len(self.raw) != nbytes:
-            self.raw = torch.zeros(nbytes, dtype=torch.uint8)
-        dist.broadcast(self.raw[:1], src=0, group=self.groups[group_name])  # both are ready
-        dist.broadcast(self.raw, src=0, group=self.groups[group_name])
+        data = self._memory(nbytes)
+        dist.broadcast(data[:1], src=0, group=self.groups[group_name])  # both are ready
+        dist.broadcast(data, src=0, group=self.groups[group_name])
+
+    def _memory(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] that is there already, from the second time on."""
+        if len(self.memory) < nbytes:
+            self.memory = torch.zeros(nbytes, dtype=torch.uint8)
+        return self.memory[:nbytes]
 
 
 async def serve(receiver: Receiver) -> None:

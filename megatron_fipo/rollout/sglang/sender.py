@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 _JOIN = "/init_weights_update_group"
 _RECEIVE_FAILED = "Failed to receive weights"  # SGLang's words for a broken broadcast, whoever broke it
-_RELEASE_S = 15.0  # for a server to notice that the group's meeting point is gone
+_RELEASE_S = 8.0  # for a server to notice that a group's meeting point is gone, or its sender
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SyncSettings:
     ``deadline_s``: of every call and its collective; ``join_deadline_s``: for forming the group.
     """
 
-    bucket_bytes: int = 256 * 2**20
+    bucket_bytes: int = 512 * 2**20
     pause: str = "retract"
     check: bool = False
     deadline_s: float = 120.0
@@ -61,6 +62,10 @@ class _Message:
     name: str
     answers: "dict[Server, Future[Answer]]"
     broadcast: dist.Work
+
+    def is_broken(self) -> bool:
+        """Whether this end of the broadcast has failed."""
+        return self.broadcast.is_completed() and not self.broadcast.is_success()
 
 
 class Sender:
@@ -237,15 +242,19 @@ class Sender:
             "flush_cache": False,  # once at the end: one that is refused would fail the update
             "weight_version": version,
         }
-        path, deadline = "/update_weights_from_distributed", self._settings.deadline_s
+        # The broadcast ends before its calls do: who is only a victim of it still has the time to say so.
+        path, deadline = "/update_weights_from_distributed", self._settings.deadline_s + _RELEASE_S
         answers = self._calls.start_all(self._versions, lambda server: server.post(path, body, deadline, admin=True))
         return _Message(f"bucket {number} of {len(self._buckets)}", answers, self._group.broadcast(data))
 
     def _arrived(self, message: _Message) -> bool:
         """Wait until a bucket is loaded everywhere. If it breaks, condemn who broke it."""
         assert self._group is not None
-        wait(message.answers.values(), return_when=FIRST_EXCEPTION)
-        if not any(map(failed, message.answers.values())):
+        answers = message.answers.values()
+        waiting = set(answers)
+        while waiting and not any(map(failed, answers)) and not message.is_broken():
+            waiting = wait(answers, timeout=_POLL_S, return_when=FIRST_EXCEPTION).not_done
+        if not waiting and not any(map(failed, answers)):
             message.broadcast.wait()
             return True
         # First let everyone go who hangs in this broadcast: kill who is silent, then close this end. Whoever still

@@ -1,6 +1,6 @@
 """Flags: Megatron's own, ours beside them, presets and the Hugging Face model as their defaults.
 
-Order of precedence, weakest first: Megatron's defaults, the machine (``_platform_defaults``), the preset, the model's
+Order of precedence, weakest first: Megatron's defaults, the machine (``platform_defaults``), the preset, the model's
 config.json, the command line.
 """
 
@@ -148,9 +148,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weight-sync-bucket-mb",
         type=int,
-        default=256,
+        default=512 if torch.cuda.is_available() else 16,
         metavar="MB",
-        help="weights go to servers in messages of MB",
+        help="weights go to servers in messages of MB; default: 512 with GPUs, 16 without",
     )
     group.add_argument(
         "--weight-sync-deadline", type=float, default=120.0, metavar="S", help="a server that takes longer is given up"
@@ -230,7 +230,7 @@ def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.N
     first.add_argument("--preset", default=DEFAULT_PRESET)
     first.add_argument("--hf-model")
     chosen, _ = first.parse_known_args(argv)
-    parser.set_defaults(**_platform_defaults())
+    parser.set_defaults(**platform_defaults())
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))  # an unknown name fails below, as any bad choice does
     if chosen.hf_model:
         parser.set_defaults(**model_arguments(chosen.hf_model))
@@ -250,7 +250,7 @@ def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.N
         args.finetune, args.save_interval = True, None
     _derive(args, training)
     if args.hf_model:
-        _validate_megatron(args)
+        validate_megatron(args)
     return args
 
 
@@ -262,7 +262,7 @@ def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
     return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
-def _platform_defaults() -> dict[str, Any]:
+def platform_defaults() -> dict[str, Any]:
     """What every RL run needs from Megatron, and what the machine at hand cannot do."""
     defaults: dict[str, Any] = {
         "micro_batch_size": 1,  # one pack
@@ -318,13 +318,13 @@ def _find_start(args: argparse.Namespace, training: bool) -> None:
         args.load,
         finetune=args.finetune,
         command_line=args.command_line,
-        num_steps=args.num_steps,
         saves=bool(args.save_interval),
     )
     args.load_run, args.finetune, args.start_note = start.load, start.weights_only, start.note
 
 
-def _validate_megatron(args: argparse.Namespace) -> None:
+def validate_megatron(args: argparse.Namespace) -> None:
+    """Derive the padded vocabulary and let Megatron check its arguments. Raises UserError with Megatron's reason."""
     # Megatron prints as it validates; stdout belongs to the run's own lines and to --dry-run's JSON.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:

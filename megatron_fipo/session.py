@@ -79,6 +79,8 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         chunks, optimizer, scheduler = start_megatron(args)
         checkpoints = Checkpoints(folder.checkpoints, args, chunks, optimizer, scheduler, args.keep_last, console.note)
         state = _load(args, stream, checkpoints, chunks, optimizer)
+    if state.step:
+        console.note(f"loaded step {state.step} of {args.load_run}")
     stream.cursor = state.prompt_cursor
     replicas = Replicas.current()
     timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -150,9 +152,10 @@ def _load(
             f"--load {args.load_run} was trained with another --prompt-data, --max-prompt-tokens or --seed, so its "
             f"place in the prompts means nothing here; give the same ones, or start from its weights with --finetune"
         )
-    if state.step > args.num_steps:
+    left = args.num_steps - state.step  # none: the run was interrupted between its last checkpoint and its last words
+    if left < 0 or (left == 0 and not checkpoints.are_in(args.load_run)):
         raise UserError(
-            f"--load {args.load_run} holds step {state.step}, beyond --num-steps {args.num_steps}; raise --num-steps"
+            f"--load {args.load_run} holds step {state.step} of --num-steps {args.num_steps}; raise --num-steps"
         )
     return state
 

@@ -15,6 +15,7 @@ from megatron_fipo.observe.console import Console
 from megatron_fipo.parallel.exchange import gather_rows
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.answers import Answers
+from megatron_fipo.rewards.response import Verdict
 from megatron_fipo.rollout.engine import ProgressCallback, RolloutEngine, SamplingParams
 from megatron_fipo.rollout.seeds import completion_seed
 
@@ -78,6 +79,21 @@ def evaluate_sets(
     return evaluation
 
 
+def _judge(
+    answers: Answers, responses: Sequence[tuple[Prompt, Sequence[int]]], samples: int
+) -> tuple[list[Verdict], list[str | None], list[float]]:
+    """Of each response the verdict and the final answer; of each prompt whether most of its ``samples`` are right."""
+    verdicts = answers.verify(responses)
+    finals = [answers.final_answer(prompt, tokens) for prompt, tokens in responses]
+    groups = [slice(start, start + samples) for start in range(0, len(responses), samples)]
+    majorities = consensus(
+        [finals[group] for group in groups],
+        [[verdict.correct for verdict in verdicts[group]] for group in groups],
+        lambda pairs: answers.equal([(responses[i * samples][0], a, b) for i, a, b in pairs]),
+    )
+    return verdicts, finals, majorities
+
+
 def _evaluate(
     engine: RolloutEngine,
     evaluation_set: EvaluationSet,
@@ -97,15 +113,7 @@ def _evaluate(
         on_finished,
     )
     responses = [(prompt, c.tokens) for (_, prompt, _), c in zip(requests, completions, strict=True)]
-    verdicts = answers.verify(responses)
-    finals = [answers.final_answer(prompt, tokens) for prompt, tokens in responses]
-    groups = [slice(start, start + samples) for start in range(0, len(responses), samples)]
-    majorities = consensus(
-        [finals[group] for group in groups],
-        [[verdict.correct for verdict in verdicts[group]] for group in groups],
-        lambda pairs: answers.equal([(mine[i][1], a, b) for i, a, b in pairs]),
-    )
-
+    verdicts, finals, majorities = replicas.from_leader(lambda: _judge(answers, responses, samples))
     rows = torch.zeros(math.ceil(count / replicas.size), samples, _COLUMNS, dtype=torch.float64)
     for i, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True)):
         truncated, failed = completion.finish_reason == "length", verdict.error is not None

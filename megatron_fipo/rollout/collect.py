@@ -73,7 +73,7 @@ def collect(
     for batch in range(1, settings.max_batches + 1):
         count = groups_to_generate(needed - len(kept), contrast_rate, settings)
         mine = stream.take(count)[replicas.rank :: replicas.size]
-        groups = _generate(engine, mine, verify, settings, version, on_finished)
+        groups = _generate(engine, mine, verify, settings, replicas, version, on_finished)
         own.update((visit, [sample for sample, _ in group]) for (visit, _), group in zip(mine, groups, strict=True))
         tables.append(_gathered(groups, count, settings.group_size, replicas))
 
@@ -112,6 +112,7 @@ def _generate(
     visits: list[tuple[int, Prompt]],
     verify: Verify,
     settings: CollectSettings,
+    replicas: Replicas,
     version: int,
     on_finished: Callable[[int], None],
 ) -> list[list[tuple[Sample, bool]]]:
@@ -124,7 +125,9 @@ def _generate(
         on_finished,
     )
     penalties = _overlong_penalties(completions, settings)
-    verdicts = verify([(prompt, c.tokens) for (_, prompt, _), c in zip(requests, completions, strict=True)])
+    # Judged once: a verifier that just meets or misses its timeout would tell the ranks of a replica different things.
+    answers = [(prompt, c.tokens) for (_, prompt, _), c in zip(requests, completions, strict=True)]
+    verdicts = replicas.from_leader(lambda: verify(answers))
     scored = [
         (_sample(visit, prompt, completion, verdict, penalty, version), verdict.error is not None)
         for (visit, prompt, _), completion, verdict, penalty in zip(

@@ -129,7 +129,9 @@ def check_layout(hf_dir: str, flags: str, expected):
     modules = [module for chunk in chunks for module in chunk.modules()]
     before = [settings(module) for module in modules]
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    found = generate_all(EmbeddedEngine(chunks, VOCAB, MAX_BATCH, pad_id=0), replica, replicas)
+    engine = EmbeddedEngine(chunks, VOCAB, MAX_BATCH, pad_id=0)
+    assert engine.generate(*requests(), SAMPLINGS["greedy"], given_up=lambda: True) == []
+    found = generate_all(engine, replica, replicas)
     for name, completions in found.items():
         wanted = expected[name]
         if name in SAMPLINGS:

@@ -37,7 +37,7 @@ class RewardPool:
         """
         Args:
             terms: the reward's summands.
-            workers: processes at a time; default: this rank's share of the machine's cores.
+            workers: processes at a time; default: one for each core.
             timeout: seconds of one call.
             network: verifiers may open sockets and see the trainer's environment.
 
@@ -45,8 +45,7 @@ class RewardPool:
             UserError: a function cannot be loaded.
         """
         self._terms, self._timeout = tuple(terms), timeout
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._workers = workers or max(1, cores)
+        self._workers = workers or len(os.sched_getaffinity(0))
         kept = os.environ if network else {k: os.environ[k] for k in _KEPT_ENVIRONMENT if k in os.environ}
         environment = {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         self._pipe, theirs = Pipe()

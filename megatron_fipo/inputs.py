@@ -73,7 +73,13 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         eval_sets.append(EvaluationSet(name, tuple(drop_long(held_out, args.max_prompt_tokens)), samples))
     leaders = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // model_parallel_size(args))  # on this node
     workers = max(1, len(os.sched_getaffinity(0)) // leaders)
-    pool = RewardPool(terms, workers=workers, timeout=args.reward_timeout, network=args.reward_network)
+    pool = RewardPool(
+        terms,
+        workers=workers,
+        timeout=args.reward_timeout,
+        network=args.reward_network,
+        sources={p.source for p in (*kept, *(p for s in eval_sets for p in s.prompts))},
+    )
     return Inputs(
         answers=Answers(tokenizer, _stop_token_ids(args.hf_model, tokenizer), pool),
         prompts=kept,

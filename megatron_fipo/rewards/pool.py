@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import Pipe
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ class RewardPool:
         workers: int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         network: bool = False,
+        sources: Iterable[str] = (),
     ):
         """
         Args:
@@ -40,6 +41,7 @@ class RewardPool:
             workers: processes at a time; default: one for each core.
             timeout: seconds of one call.
             network: verifiers may open sockets and see the trainer's environment.
+            sources: of the prompts to come; their verifiers are loaded ahead.
 
         Raises:
             UserError: a function cannot be loaded.
@@ -57,7 +59,10 @@ class RewardPool:
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
-        settings = Settings(tuple(term.name for term in self._terms), self._workers, timeout, network)
+        names = tuple(term.name for term in self._terms)
+        settings = Settings(
+            names, self._workers, timeout, network, frozenset(sources) if SOURCE in names else frozenset()
+        )
         confined = self._ask(settings, _START_SECONDS, "the reward functions to load")
         if isinstance(confined, UserError):
             self.close()

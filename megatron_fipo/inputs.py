@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rewards.functions import SOURCE, parse_terms
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rewards.verify import resolve_source
-from megatron_fipo.validation import parse_eval_data
+from megatron_fipo.validation import model_parallel_size, parse_eval_data
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,15 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     for name, path, samples in map(parse_eval_data, args.eval_data):
         held_out = read_prompts([path], encode, resolve=resolve)
         eval_sets.append(EvaluationSet(name, tuple(drop_long(held_out, args.max_prompt_tokens)), samples))
-    pool = RewardPool(terms, timeout=args.reward_timeout, network=args.reward_network)
+    leaders = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // model_parallel_size(args))  # on this node
+    workers = max(1, len(os.sched_getaffinity(0)) // leaders)
+    pool = RewardPool(
+        terms,
+        workers=workers,
+        timeout=args.reward_timeout,
+        network=args.reward_network,
+        sources={p.source for p in (*kept, *(p for s in eval_sets for p in s.prompts))},
+    )
     return Inputs(
         answers=Answers(tokenizer, _stop_token_ids(args.hf_model, tokenizer), pool),
         prompts=kept,

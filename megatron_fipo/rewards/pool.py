@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import Pipe
 from typing import Any, Self
 
@@ -33,20 +33,21 @@ class RewardPool:
         workers: int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         network: bool = False,
+        sources: Iterable[str] = (),
     ):
         """
         Args:
             terms: the reward's summands.
-            workers: processes at a time; default: this rank's share of the machine's cores.
+            workers: processes at a time; default: one for each core.
             timeout: seconds of one call.
             network: verifiers may open sockets and see the trainer's environment.
+            sources: of the prompts to come; their verifiers are loaded ahead.
 
         Raises:
             UserError: a function cannot be loaded.
         """
         self._terms, self._timeout = tuple(terms), timeout
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._workers = workers or max(1, cores)
+        self._workers = workers or len(os.sched_getaffinity(0))
         kept = os.environ if network else {k: os.environ[k] for k in _KEPT_ENVIRONMENT if k in os.environ}
         environment = {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         self._pipe, theirs = Pipe()
@@ -58,7 +59,10 @@ class RewardPool:
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
-        settings = Settings(tuple(term.name for term in self._terms), self._workers, timeout, network)
+        names = tuple(term.name for term in self._terms)
+        settings = Settings(
+            names, self._workers, timeout, network, frozenset(sources) if SOURCE in names else frozenset()
+        )
         confined = self._ask(settings, _START_SECONDS, "the reward functions to load")
         if isinstance(confined, UserError):
             self.close()

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -33,12 +33,16 @@ _ASYNC_GRACE = 0.5
 
 @dataclass(frozen=True)
 class Settings:
-    """``names`` of functions, or "source"; ``workers`` at a time; seconds of ``timeout`` for a call."""
+    """``names`` of functions, or "source"; ``workers`` at a time; seconds of ``timeout`` for a call.
+
+    ``sources`` are those whose verifiers will be needed; others are loaded when they come.
+    """
 
     names: tuple[str, ...]
     workers: int
     timeout: float
     network: bool
+    sources: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -95,16 +99,21 @@ class Server:
         self._functions = {name: RewardFunction.load(name) for name in settings.names if name != SOURCE}
         self._loaded: set[str] = set()
 
-    def score(
-        self, responses: Sequence[Response], groups: Sequence[int], names: Sequence[str]
-    ) -> dict[str, list[Score]]:
-        """Every response's score by every name; responses to one prompt have the same number in ``groups``."""
-        if SOURCE in names and (new := {r.source for r in responses} - self._loaded):
+    def load(self, sources: Iterable[str]) -> None:
+        """Import what verifies the sources, so that workers find it in their memory."""
+        if new := set(sources) - self._loaded:
             for source in new:
                 verify.load(source)
             self._loaded |= new
             gc.collect()
             gc.freeze()  # what is loaded stays shared with the workers
+
+    def score(
+        self, responses: Sequence[Response], groups: Sequence[int], names: Sequence[str]
+    ) -> dict[str, list[Score]]:
+        """Every response's score by every name; responses to one prompt have the same number in ``groups``."""
+        if SOURCE in names:
+            self.load({r.source for r in responses})
         scores: dict[str, list[Score]] = {name: [(0.0, None)] * len(responses) for name in names}
         waiting = deque(calls for name in scores for calls in self._divide(name, groups))
         with selectors.DefaultSelector() as selector:
@@ -205,11 +214,13 @@ def main() -> None:
     confine.die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
     try:
-        server = Server(connection.recv())
+        settings = connection.recv()
+        server = Server(settings)
     except UserError as error:
         connection.send(error)
         return
     connection.send(confine.available())
+    server.load(settings.sources)  # while the trainer starts
     with contextlib.suppress(EOFError):  # the trainer has ended
         while True:
             connection.send(server.score(*connection.recv()))

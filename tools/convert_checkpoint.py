@@ -39,11 +39,11 @@ from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from megatron_fipo.arguments import build_parser, platform_defaults, validate_megatron  # noqa: E402
-from megatron_fipo.checkpoint.hf import load_hf_weights  # noqa: E402
 from megatron_fipo.checkpoint.hf_files import HFWeights  # noqa: E402
 from megatron_fipo.checkpoint.hf_write import copy_side_files, read_ahead, write_hf_folder  # noqa: E402
 from megatron_fipo.checkpoint.parity import Parity, compare  # noqa: E402
 from megatron_fipo.checkpoint.torch_dist import TorchDistWeights  # noqa: E402
+from megatron_fipo.checkpoint.torch_dist_write import save_torch_dist  # noqa: E402
 from megatron_fipo.errors import UserError  # noqa: E402
 from megatron_fipo.model.build import model_provider  # noqa: E402
 from megatron_fipo.model.hf_config import architecture, megatron_arguments  # noqa: E402
@@ -108,14 +108,13 @@ def import_hf(hf_dir: Path, out: Path, dtype: torch.dtype | None, flags: Sequenc
     megatron_arguments(hf_dir)  # names what the folder lacks
     stored = dtype or own_dtype(hf_dir)
     args, chunks = build_model(hf_dir, stored, flags)
-    load_hf_weights(chunks, hf_dir)
     partial = out.with_name(out.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         copy_side_files(hf_dir, partial / SIDE_FILES, dtype)
     dist.barrier()
     args.save = str(partial)
-    checkpointing.save_checkpoint(0, chunks, None, None, 0, release=True)
+    save_torch_dist(chunks, hf_dir, partial)
     if dist.get_rank() == 0:
         partial.rename(out)
     dist.barrier()

@@ -8,7 +8,7 @@ Every rank's shard is a chunk with its offsets in that whole; chunks lie one aft
 import io
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -71,7 +71,7 @@ class TorchDistWeights:
             UserError: no checkpoint, a damaged `.metadata`, or parameters are missing, superfluous or misshapen.
         """
         self.folder = checkpoint_folder(folder)
-        metadata = _read_metadata(self.folder / ".metadata")
+        metadata = read_metadata(self.folder / ".metadata")
         self._storage = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -80,6 +80,7 @@ class TorchDistWeights:
         }
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._files: dict[str, io.BufferedReader] = {}
+        self._stacked = are_stacked(self._tensors)
         embedding = self._tensors.get(EMBEDDING)
         self._map = weight_map_of_config(hf_config_dir, embedding.size[0] if embedding else None)
         self._check(hf_config_dir)
@@ -103,22 +104,7 @@ class TorchDistWeights:
             yield from zip(rule.hf_names, rule.split(self._read(name)), strict=True)
 
     def _key(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """The parameter's key in the checkpoint and its place along the stacked axes."""
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        if match is None:
-            return name, ()
-        layer, below = int(match[1]), match[2]
-        place: tuple[int, ...] = ()
-        expert = expert_of(name)
-        if expert is not None:
-            below, place = re.sub(r"experts\.\d+", "experts.experts", below), (expert,)
-        elif below == "input_layernorm.weight":
-            below = "self_attention.linear_qkv.layer_norm_weight"
-        elif below == "pre_mlp_layernorm.weight" and not self._map.has_experts(layer):
-            below = "mlp.linear_fc1.layer_norm_weight"
-        if f"decoder.layers.{below}" in self._tensors:
-            return f"decoder.layers.{below}", (layer, *place)
-        return f"decoder.layers.{layer}.{below}", place
+        return stored_at(name, self._map, self._stacked)
 
     def _entry(self, name: str) -> tuple[TensorStorageMetadata, tuple[int, ...]]:
         key, place = self._key(name)
@@ -187,6 +173,28 @@ class TorchDistWeights:
         return tensor
 
 
+def are_stacked(keys: Collection[str]) -> bool:
+    """True if layers are stacked, so that no key of a parameter has a layer's number."""
+    return not any(re.match(r"decoder\.layers\.\d", key) for key in keys)
+
+
+def stored_at(name: str, weight_map: WeightMap, stacked: bool) -> tuple[str, tuple[int, ...]]:
+    """The key of the parameter with this global name, and its place along the stacked axes (layer, expert)."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return name, ()
+    layer, below = int(match[1]), match[2]
+    place: tuple[int, ...] = ()
+    expert = expert_of(name)
+    if expert is not None:
+        below, place = re.sub(r"experts\.\d+", "experts.experts", below), (expert,)
+    elif below == "input_layernorm.weight":
+        below = "self_attention.linear_qkv.layer_norm_weight"
+    elif below == "pre_mlp_layernorm.weight" and not weight_map.has_experts(layer):
+        below = "mlp.linear_fc1.layer_norm_weight"
+    return (f"decoder.layers.{below}", (layer, *place)) if stacked else (f"decoder.layers.{layer}.{below}", place)
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_torch = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
@@ -195,7 +203,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> Metadata:
+    """The checkpoint's index. Raises UserError: it is damaged, or names code that has no place in it."""
     try:
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a damaged pickle can raise nearly anything

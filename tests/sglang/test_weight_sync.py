@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import INSTALLED, V, fleet_of, make_prompts
+from fleets import INSTALLED, V, fleet_of, make_prompts
 
 from megatron_fipo.rollout.engine import SamplingParams
 

@@ -1,7 +1,9 @@
 """The verifiers' process against functions that hang, crash, flood, fork and patch: each costs its own score alone."""
 
+import csv
 import os
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -196,3 +198,18 @@ def test_a_verdict_comes_within_a_second_of_its_timeout(pool, act):
     began = time.monotonic()
     assert pool.score([response(act)], [0])[0].error
     assert time.monotonic() - began < TIMEOUT + 1.0
+
+
+def test_two_cores_judge_five_hundred_ordinary_answers_a_second():
+    """In CPU time of the verifiers' process and its workers, so that a busy machine makes no difference."""
+    with open(Path(__file__).with_name("answer_pairs.tsv"), newline="") as file:
+        table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        pairs = [p for p in table if p["from"] in ("aime24", "amc23", "gsm8k")]
+    responses = [response(rf"So it is \boxed{{{p['answer']}}}.", p["reference"]) for p in pairs] * 7
+    with RewardPool(workers=2, sources=["math500"]) as pool:
+        pool.score(responses[:100], range(100))
+        began = sum(psutil.Process(pool._process.pid).cpu_times()[:4])
+        verdicts = pool.score(responses, range(len(responses)))
+        seconds = sum(psutil.Process(pool._process.pid).cpu_times()[:4]) - began
+    assert [v.correct for v in verdicts] == [p["math_verify"] == "1" for p in pairs] * 7
+    assert 2 * len(responses) / seconds >= 500

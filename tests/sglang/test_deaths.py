@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import EOS, V, check_completions, fleet_of, generate, label, make_prompts
+from fleets import EOS, V, check_completions, fleet_of, generate, label, make_prompts
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.engine import SamplingParams

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import INSTALLED, V, fleet_of, make_prompts
+from fleets import INSTALLED, V, fleet_of, make_prompts
 
 from megatron_fipo.rollout.engine import SamplingParams
 
@@ -118,21 +118,25 @@ def trainer(hf_model, build_model, servers):
     return build_model(hf_model("qwen2", tied=False)[0])
 
 
+# SGLang gives every layer experts, and on CPU pads their width to a multiple of 64.
+FAMILIES = {"qwen2": {}, "qwen3": {}, "qwen3_moe": {"mlp_only_layers": None, "moe_intermediate_size": 64}}
+
+
 @pytest.fixture(scope="module")
 def moe_servers(hf_model, tmp_path_factory):
     from megatron_fipo.rollout.sglang.servers import StartSettings, start_servers
 
-    folder, _ = hf_model("qwen3_moe", tied=False)
+    folder, _ = hf_model("qwen3_moe", tied=False, **FAMILIES["qwen3_moe"])
     started = start_servers(StartSettings(str(folder), 1, (), "float32", 1, tmp_path_factory.mktemp("moe")))
     yield started
     started[0].kill()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_servers_are_the_trainer_before_and_after_every_sync(family, servers, hf_model, build_model, request):
     from megatron_fipo.checkpoint.hf import export_hf_weights
 
-    chunks = build_model(hf_model(family, tied=False)[0])
+    chunks = build_model(hf_model(family, tied=False, **FAMILIES[family])[0])
     fleet = Fleet(request.getfixturevalue("moe_servers") if family == "qwen3_moe" else servers[family])
     exports = []
     for server in fleet.servers:

@@ -105,7 +105,7 @@ class Sender:
             return False
         infos = self._each(servers, "/model_info", lambda server: server.get("/model_info", self._settings.deadline_s))
         return infos.keys() == self._versions.keys() and all(
-            self._versions[server] in (None, info.get("weight_version")) for server, info in infos.items()
+            info.get("weight_version") == self._versions[server] for server, info in infos.items()
         )
 
     def _join(self, servers: Sequence[Server]) -> bool:
@@ -279,9 +279,13 @@ class Sender:
 
     def finish(self, version: str) -> None:
         """Admit each server whose update ends well."""
-        for server in self._each(list(self._versions), "the end of the update", lambda s: self._end(s, version)):
+        members = list(self._versions)
+        finished = self._each(members, "the end of the update", lambda server: self._end(server, version))
+        for server in finished:
             self._versions[server] = version
             self._fleet.admit(server)
+        if len(finished) < len(members):
+            self._dissolve()
 
     async def _end(self, server: Server, version: str) -> Answer:
         """Close the session, check what the server holds, and let it generate."""

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -29,6 +30,9 @@ FAILS = {
     "kill": "PermissionError",
     "socket": "PermissionError",
     "file": "OSError",
+    "nesting": "without a verdict",
+    "huge": "without a verdict",
+    "flood": "without a verdict",
     "nan": "the score is nan",
     "text": "ValueError",
 }
@@ -170,6 +174,12 @@ def test_a_malformed_reward_function_is_named(spec):
         parse_terms([spec])
     with pytest.raises(UserError, match="twice"):
         parse_terms(["a:f=1", "a:f=2"])
+
+
+def test_the_signals_that_stop_a_job_stop_the_trainer_first(pool):
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pool._process.pid, asked)
+    assert pool.score([response("7")], [0]) == [Verdict(1.0, True)]
 
 
 def test_a_dead_verifiers_process_is_reported():

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_fipo.model.kv_cache import KVCache
-from megatron_fipo.model.padded_groups import PaddedGroup, groups_of_runs, groups_of_sequences
+from megatron_fipo.model.padded_groups import PackedBoundaries, PaddedGroup, groups_on_device
 
 # Overhead of one attention call with its gradient, in multiply-adds (pairs of positions x width), measured on a CPU.
 CALL_COST = 2**22
@@ -85,21 +85,18 @@ class TorchAttention(MegatronModule):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
-        cu_seqlens = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-        boundaries = tuple(cu_seqlens.tolist())
-        call_cost = CALL_COST / (query.size(1) * query.size(2))
-        if self.cp_group.size() == 1:
-            groups = groups_of_sequences(boundaries, call_cost)
-        else:
+        assert isinstance(params, PackedBoundaries), "packs come from packed_log_probs"
+        context = self.cp_group.rank(), self.cp_group.size()
+        if self.cp_group.size() > 1:
             # One gather for both; backward scatters the sum of what the ranks want of each key and value.
             both = gather_from_sequence_parallel_region(
                 torch.cat([key, value], -1), tensor_parallel_output_grad=True, group=self.cp_group
             )
             key, value = both.split([key.size(2), value.size(2)], -1)
-            groups = groups_of_runs(boundaries, self.cp_group.rank(), self.cp_group.size(), call_cost)
+        call_cost = CALL_COST / (query.size(1) * query.size(2))
         out = torch.zeros_like(query)  # positions past the last sequence stay 0
-        for group in groups:
-            padded = self._group(query, key, value, group.to(query.device))
+        for group in groups_on_device(params.boundaries, context, call_cost, query.device):
+            padded = self._group(query, key, value, group)
             out = out.index_copy(0, group.query_source, padded)
         return out.flatten(1)
 

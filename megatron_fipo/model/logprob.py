@@ -1,9 +1,9 @@
 """Log-probs of a packed batch under the policy, without the logits of the batch."""
 
+import itertools
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.model.chunked_logprob import TILE_BYTES, log_probs_of_labels
+from megatron_fipo.model.padded_groups import PackedBoundaries
 
 
 def packed_log_probs(
@@ -41,9 +42,9 @@ def packed_log_probs(
         entropy_T fp32 [T] in nats, detached, 0 at the same positions.
         On a pipeline stage that is not the last: the stage's hidden states, with and without `with_entropy`.
     """
-    lengths = batch.cu_seqlens_padded_S1.diff()
-    longest = int(lengths.max())
-    params = PackedSeqParams(
+    boundaries = tuple(batch.cu_seqlens_padded_S1.tolist())  # the only wait for the device
+    longest = max(end - start for start, end in itertools.pairwise(boundaries))
+    params = PackedBoundaries(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens_padded_S1,  # padding is attended like tokens: nothing sees it
         cu_seqlens_kv=batch.cu_seqlens_padded_S1,
@@ -51,6 +52,7 @@ def packed_log_probs(
         cu_seqlens_kv_padded=batch.cu_seqlens_padded_S1,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        boundaries=boundaries,
     )
 
     def log_probs(

@@ -1,5 +1,7 @@
 """Which sequences of a pack are attended together, padded to one length.
 
+Made from boundaries that the host knows, once for all layers: no layer waits for the device.
+
 Sequences join a group, longest first, until the pairs of positions that padding wastes outweigh another call. Padding
 comes behind the tokens, so that causality keeps it from them.
 """
@@ -11,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_fipo.parallel.zigzag import chunks_of_ranks, token_index
@@ -46,7 +49,24 @@ class PaddedGroup:
         return replace(self, **moved)
 
 
+@dataclass
+class PackedBoundaries(PackedSeqParams):
+    """Megatron's description of a pack, and its boundaries on the host: () if nobody there needs them."""
+
+    boundaries: tuple[int, ...] = ()
+
+
 @functools.lru_cache(maxsize=64)  # every layer of a micro-batch asks the same
+def groups_on_device(
+    cu_seqlens: tuple[int, ...], context: tuple[int, int], call_cost: float, device: torch.device
+) -> list[PaddedGroup]:
+    """`groups_of_sequences`, or with `context`, (rank, size), of more than one rank `groups_of_runs`, on `device`."""
+    rank, size = context
+    alone = size == 1
+    groups = groups_of_sequences(cu_seqlens, call_cost) if alone else groups_of_runs(cu_seqlens, rank, size, call_cost)
+    return [group.to(device) for group in groups]
+
+
 def groups_of_sequences(cu_seqlens: tuple[int, ...], call_cost: float) -> list[PaddedGroup]:
     """Groups of whole sequences, in plain causal attention.
 
@@ -64,7 +84,6 @@ def groups_of_sequences(cu_seqlens: tuple[int, ...], call_cost: float) -> list[P
     return groups
 
 
-@functools.lru_cache(maxsize=64)
 def groups_of_runs(cu_seqlens: tuple[int, ...], rank: int, size: int, call_cost: float) -> list[PaddedGroup]:
     """Groups of context-parallel rank `rank`'s runs: each sees its sequence's keys up to its own end.
 

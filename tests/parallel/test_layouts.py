@@ -87,15 +87,15 @@ MOE = {
 }
 
 
-def written_rollout(folder: Path, step: int) -> None:
+def written_rollout(folder: Path, step: int, number: int = GROUPS, sigma: float = 1.0) -> None:
     """Random samples of very different lengths, with holes in the masks; engine log-probs that disagree a little."""
     generator = np.random.default_rng(step)
-    groups, table = {}, torch.zeros(GROUPS, GROUP_SIZE, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
-    for g in range(GROUPS):
+    groups, table = {}, torch.zeros(number, GROUP_SIZE, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
+    for g in range(number):
         prompt = generator.integers(3, VOCAB, generator.integers(2, 20))
         groups[g] = []
         for i in range(GROUP_SIZE):
-            response = generator.integers(3, VOCAB, min(60, 1 + int(generator.lognormal(2.5, 1.0))))
+            response = generator.integers(3, VOCAB, min(60, 1 + int(generator.lognormal(2.5, sigma))))
             tokens = np.concatenate([prompt, response]).astype(np.int32)
             mask = np.arange(len(tokens)) >= len(prompt)
             mask[len(prompt) + 2 : len(prompt) + 4] = len(response) < 8
@@ -110,7 +110,7 @@ def written_rollout(folder: Path, step: int) -> None:
             table[g, i] = torch.tensor(GeneratedSamples.row(sample, False), dtype=torch.float64)
     alone = dist.group.WORLD
     replicas = Replicas(0, 1, alone, alone, (), (), torch.device("cpu"), leads=True)
-    write_rollout(str(folder), step, Rollout.of(table, range(GROUPS), 0, groups, 1), replicas)
+    write_rollout(str(folder), step, Rollout.of(table, range(number), 0, groups, 1), replicas)
 
 
 def run_name(case: str) -> str:
@@ -118,9 +118,7 @@ def run_name(case: str) -> str:
 
 
 def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -> dict[str, tuple[dict, dict]]:
-    """Train every layout; {name: (metrics of the step, exported weights)}."""
-    for step in (1, 2):
-        written_rollout(folder / "rollouts", step)
+    """Train every layout on folder/rollouts; {name: (metrics of the last step, exported weights)}."""
     cases = {
         name: {
             "ranks": ranks,
@@ -175,13 +173,18 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
 @pytest.fixture(scope="module")
 def dense(megatron, hf_model, tmp_path_factory):
     folder, _ = hf_model("qwen3", tied=False, num_hidden_layers=4)
-    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE | RESHARDED | BF16)
+    runs = tmp_path_factory.mktemp("dense")
+    for step in (1, 2):
+        written_rollout(runs / "rollouts", step)
+    return run_cases(runs, folder, DENSE | RESHARDED | BF16)
 
 
 @pytest.fixture(scope="module")
 def moe(megatron, hf_model, tmp_path_factory):
     folder, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4)
-    return run_cases(tmp_path_factory.mktemp("moe"), folder, MOE)
+    runs = tmp_path_factory.mktemp("moe")
+    written_rollout(runs / "rollouts", 1)
+    return run_cases(runs, folder, MOE)
 
 
 def test_fipo_is_active_in_the_reference(dense):
@@ -226,3 +229,24 @@ def test_bf16_is_no_further_from_fp32_in_any_layout(layout, dense):
     for update, expected in zip(metrics["updates"], expected_metrics["updates"], strict=True):
         for key in ("actor/pg_loss", "actor/grad_norm", "actor/influence_weights_mean"):
             assert update[key] == pytest.approx(expected[key], rel=0.05, abs=0.01), key
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(8))
+def test_random_layouts_lengths_and_budgets(seed, megatron, hf_model, tmp_path):
+    """Few samples for many ranks and small budgets: shards and micro-batches without a token of a response."""
+    print("seed", seed)
+    random = np.random.default_rng(seed)
+    family, layouts = [("qwen3", DENSE), ("qwen3_moe", MOE)][seed % 2]
+    folder, _ = hf_model(family, tied=False, num_hidden_layers=4)
+    groups = int(random.integers(2, 5))
+    written_rollout(tmp_path / "rollouts", 1, groups, sigma=2.0)
+    flags = f"--grpo-prompts-per-step {groups} --global-batch-size {GROUP_SIZE}"
+    names = random.choice([n for n in layouts if n.split()[0][:2] in ("TP", "PP", "VP", "CP", "DP", "EP", "ET")], 4)
+    cases = {"one": (1, f"{flags} --max-tokens-per-microbatch 128")} | {
+        name: (layouts[name][0], f"{layouts[name][1]} {flags} --max-tokens-per-microbatch {random.integers(8, 256)}")
+        for name in names
+    }
+    results = run_cases(tmp_path, folder, cases)
+    for name in names:
+        check_equal(results[name], results["one"], f"seed {seed}, {cases[name]}")

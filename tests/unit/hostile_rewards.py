@@ -49,8 +49,9 @@ def _allocate() -> None:
 
 def _print() -> float:
     for _ in range(1 << 10):
-        sys.stdout.write("noise" * 100_000)
-        os.write(2, b"x" * 500_000)
+        sys.stdout.write("noise")
+        os.write(1, b"x" * (1 << 19))
+        os.write(2, b"x" * (1 << 19))
     return 1.0
 
 

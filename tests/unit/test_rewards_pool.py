@@ -54,6 +54,12 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def verifiers():
+    with RewardPool(workers=1, timeout=TIMEOUT, sources=["math500"]) as pool:
+        yield pool
+
+
 def response(text: str, answer: str = "7", source: str = "math500") -> Response:
     return Response("", text, answer, source)
 
@@ -81,8 +87,9 @@ def test_every_hostile_call_scores_0_and_changes_no_other(pool, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_output_goes_nowhere_and_costs_nothing(pool, capfd):
-    assert pool.score([response("print"), response("7")], [0, 1]) == [Verdict(1.0, True)] * 2
+def test_a_gigabyte_of_output_goes_nowhere_and_costs_nothing(capfd):
+    with RewardPool([Term("hostile_rewards:act")], workers=1, timeout=60.0) as patient:
+        assert patient.score([response("print"), response("7")], [0, 1]) == [Verdict(1.0, True)] * 2
     assert capfd.readouterr() == ("", "")
 
 
@@ -115,11 +122,10 @@ def test_the_environment_is_the_functions_only_with_the_network(pool):
         "10^9!!!!",
     ],
 )
-def test_a_sympy_bomb_in_an_answer_costs_the_other_answers_nothing(bomb):
+def test_a_sympy_bomb_in_an_answer_costs_the_other_answers_nothing(verifiers, bomb):
     half = response(r"\boxed{0.5}", r"\frac12")
     batch = [half] * 5 + [response(rf"\boxed{{{bomb}}}", "x")] + [half] * 5
-    with RewardPool(workers=1, timeout=TIMEOUT) as pool:
-        verdicts = pool.score(batch, range(11))
+    verdicts = verifiers.score(batch, range(11))
     assert verdicts[:5] == verdicts[6:] == [Verdict(1.0, True)] * 5
     assert not verdicts[5].correct
 

@@ -55,10 +55,10 @@ TRANSFORMER_ENGINE = OptionalPackage(
     "fused layers and FP8 on a GPU",
     "an NGC PyTorch container, or pip install --no-build-isolation 'transformer_engine[pytorch]'",
 )
+SGLANG = OptionalPackage("sglang", ("sglang",), "--rollout-engine sglang, for long responses", "make sglang")
 OPTIONAL = (
     OptionalPackage("apex", ("apex",), "fused optimizer where TransformerEngine is missing"),
     OptionalPackage("flash_attn", ("flash_attn",), "attention kernels inside TransformerEngine"),
-    OptionalPackage("sglang", ("sglang",), "not used by this version"),
     OptionalPackage("modelopt", ("nvidia-modelopt",), "offline quantisation, not used by training"),
     OptionalPackage(
         "megatron.bridge", ("megatron-bridge",), "conversion of other model families, not used by training"
@@ -127,12 +127,30 @@ def _optional(torch: ModuleType) -> Iterator[Check]:
             yield Check(section, package.module, "problem", value, fix)
         else:
             yield Check(section, package.module, "ok", version)
+    yield _sglang(torch)
     for package in OPTIONAL:
         version = _version(package)
         if version is None:
             yield Check(section, package.module, "absent", package.use, package.fix)
         else:
             yield Check(section, package.module, "ok", version)
+
+
+def _sglang(torch: ModuleType) -> Check:
+    section, version = "Optional", _version(SGLANG)
+    if version is None:
+        return Check(section, "sglang", "absent", SGLANG.use, SGLANG.fix)
+    from packaging.version import Version
+
+    from megatron_fipo.rollout.sglang.flags import OLDEST_VERSION
+
+    if version == "unknown version" or Version(version) < Version(OLDEST_VERSION):
+        return Check(section, "sglang", "warning", f"{version}, refused: it has published holes", SGLANG.fix)
+    for module in ("aiohttp", *(("sgl_kernel",) if torch.cuda.is_available() else ())):
+        if find_spec(module) is None:
+            return Check(section, "sglang", "warning", f"{version}, but {module} is missing", SGLANG.fix)
+    device = "CUDA" if torch.cuda.is_available() else "the CPU, without SGLang's kernels"
+    return Check(section, "sglang", "ok", f"{version}, for --rollout-engine sglang; servers run on {device}")
 
 
 def _version(package: OptionalPackage) -> str | None:
@@ -198,7 +216,7 @@ def _megatron() -> Iterator[Check]:
     fused = build.uses_transformer_engine()
     yield Check(section, "layers", "ok", "TransformerEngine" if fused else "Megatron's local layers")
     yield Check(section, "attention", "ok", "TransformerEngine" if fused else "torch, packed sequences")
-    yield Check(section, "rollout engine", "ok", "embedded (the training weights)")
+    yield Check(section, "rollout engine", "ok", "embedded (the training weights) unless told otherwise")
 
 
 def _missing_symbols(patches: Sequence[Any]) -> Iterator[Check]:

@@ -20,6 +20,7 @@ from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
 from megatron_fipo.checkpoint.hf_write import save_hf
 from megatron_fipo.checkpoint.state import LoopState
 from megatron_fipo.data.batches import make_micro_batches
+from megatron_fipo.data.correction import correct_updates
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.inputs import read_inputs
@@ -52,6 +53,8 @@ def train(run: Session, args: argparse.Namespace) -> None:
             run.interruption.check()
             with run.timer("rollout"):
                 rollout = next_rollout(run, args, step, state.contrast_rate)
+                if args.reward_overlong_filter:
+                    rollout = rollout.without_truncated()
         except (OutOfContrast, Interrupted) as error:
             stopped = error
             break
@@ -64,6 +67,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         learning_rate = run.policy.advance_schedule(args.global_batch_size)
         with run.timer("old_logp"):
             updates, entropy_sum = run.policy.add_old_log_probs(updates)
+            updates, correction = correct_updates(updates, plan, rollout, run.correction, run.loss, run.replicas)
         with run.timer("update"), run.console.progress("update", len(updates) * args.grpo_iterations) as progress:
             results = []
             for micro_batches in updates * args.grpo_iterations:
@@ -75,7 +79,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         run.engine.update_weights(step)
         due = step % args.eval_interval == 0 or step == args.num_steps
         evaluation = evaluate(run) if due else None
-        run.recorder.step(step, rollout, updates, entropy_sum, results, learning_rate, evaluation)
+        run.recorder.step(step, rollout, updates, entropy_sum, correction, results, learning_rate, evaluation)
         state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)
@@ -89,8 +93,6 @@ def train(run: Session, args: argparse.Namespace) -> None:
         save_hf(run.policy.chunks, args.hf_model, args.save_hf)
     status = "interrupted" if interrupted else "out of contrast" if stopped else "finished"
     run.recorder.finish(state.step, args.seed, evaluation, status)
-    if interrupted:
-        run.console.note(f"interrupted by a signal; the same command goes on from step {state.step}")
     if stopped:
         raise stopped
 
@@ -152,13 +154,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
         run = open_session(args, inputs)
         run.console.banner(banner(args) | {"prompts": str(inputs)})
-        if args.rollout_only:
-            write_rollouts(run, args)
-        else:
-            train(run, args)
+        try:
+            if args.rollout_only:
+                write_rollouts(run, args)
+            else:
+                train(run, args)
+        except Interrupted:
+            run.console.note("stopped by a signal; what was finished is saved")
         run.engine.close()
-        dist.destroy_process_group()
-    except Interrupted:
         dist.destroy_process_group()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a node finds the same mistake

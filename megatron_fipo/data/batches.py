@@ -27,7 +27,9 @@ def make_micro_batches(
         for destination, micro_batches in enumerate(update.micro_batches):
             outgoing[destination].update({i: rollout.held[i] for mb in micro_batches for i in mb if i in rollout.held})
     samples = send_to_replicas(outgoing, replicas.group, replicas.device)
-    scale_S = _loss_scale(plan, rollout, loss)
+    scale_S = None
+    if loss.resolved_normalization != "token":
+        scale_S = loss_scale_of_samples(plan, rollout.response_tokens_S, rollout.group_ids_S, loss)
     return [
         [
             pack(
@@ -45,13 +47,16 @@ def make_micro_batches(
     ]
 
 
-def _loss_scale(plan: Sequence[UpdatePlan], rollout: Rollout, loss: FipoConfig) -> Tensor | None:
-    """The weight of each sample's loss sum within its update, fp32 [S]; None where token counts divide instead."""
-    if loss.resolved_normalization == "token":
-        return None
-    scale_S = torch.empty(len(rollout.reward_S))
+def loss_scale_of_samples(
+    plan: Sequence[UpdatePlan], tokens_S: Tensor, group_ids_S: Tensor, loss: FipoConfig
+) -> Tensor:
+    """The weight of each sample's loss sum within its update, fp32 [S].
+
+    ``tokens_S`` are the response tokens that count, ``group_ids_S`` the groups, int64 [S]; for normalizations other
+    than "token", where token counts divide instead.
+    """
+    scale_S = torch.empty(len(tokens_S))
     for update in plan:
         members = sorted(i for micro_batches in update.micro_batches for mb in micro_batches for i in mb)
-        tokens_S, groups_S = rollout.response_tokens_S[members], rollout.group_ids_S[members]
-        scale_S[members] = loss_scale(loss.resolved_normalization, tokens_S, groups_S).float()
+        scale_S[members] = loss_scale(loss.resolved_normalization, tokens_S[members], group_ids_S[members]).float()
     return scale_S

@@ -6,62 +6,68 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_fipo.data.batches import loss_scale_of_samples
 from megatron_fipo.data.packing import PackedBatch
-from megatron_fipo.loss import CorrectionConfig, FipoConfig, correction_metrics, importance_correction, loss_scale
+from megatron_fipo.data.planning import UpdatePlan
+from megatron_fipo.loss import CorrectionConfig, FipoConfig, correction_metrics
+from megatron_fipo.loss.correction import STATISTICS
 from megatron_fipo.ops.packed import sum_per_sequence
+from megatron_fipo.parallel.correction import context_parallel_correction
 from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.parallel.zigzag import run_cu_seqlens
+from megatron_fipo.rollout.rollout import Rollout
 
 
 def correct_updates(
-    updates: Sequence[Sequence[PackedBatch]],
+    updates: list[list[PackedBatch]],
+    plan: Sequence[UpdatePlan],
+    rollout: Rollout,
     config: CorrectionConfig,
     loss: FipoConfig,
     replicas: Replicas,
-    num_samples: int,
-) -> tuple[Sequence[Sequence[PackedBatch]], dict[str, float]]:
-    """The batches with their ``token_weight_T``, and "correction/..." over all replicas; collective over the replicas.
+) -> tuple[list[list[PackedBatch]], dict[str, float]]:
+    """The batches with their ``token_weight_T``, and "correction/..." over all tokens; collective over all ranks.
 
-    Comes after ``old_logp_T``. Where tokens are dropped and the loss is not normalised by tokens, ``loss_scale_S`` is
-    made again from what is left. ``num_samples``: those of the step, over all replicas.
+    Comes after ``old_logp_T``; where a pipeline stage has none, batches stay as they are. Where tokens are dropped and
+    the loss is not normalised by tokens, ``loss_scale_S`` is made again from what is left.
     """
     if not config.acts:
         return updates, {}
-    corrected: list[list[PackedBatch]] = []
-    statistics = []
-    for micro_batches in updates:
-        corrected.append([])
-        for batch in micro_batches:
-            assert batch.old_logp_T is not None, "old log-probs come before the correction"
-            correction = importance_correction(
-                batch.old_logp_T, batch.rollout_logp_T, batch.response_mask_T, batch.cu_seqlens_S1, config
-            )
-            corrected[-1].append(replace(batch, token_weight_T=correction.token_weight_T))
-            statistics.append(correction.statistics_K)
-    metrics = correction_metrics(replicas.all_reduce(torch.stack(statistics).sum(0)))
+    statistics_K = torch.zeros(len(STATISTICS), dtype=torch.float64, device=replicas.device)
+    kept_tokens_S = torch.zeros(len(rollout.reward_S), dtype=torch.int64, device=replicas.device)
+
+    def corrected(batch: PackedBatch) -> PackedBatch:
+        if batch.old_logp_T is None:
+            return batch
+        correction = context_parallel_correction(
+            batch.old_logp_T,
+            batch.rollout_logp_T,
+            batch.response_mask_T,
+            batch.cu_seqlens_padded_S1,
+            config,
+            replicas.context,
+        )
+        statistics_K.add_(correction.statistics_K)
+        _add_tokens(kept_tokens_S, batch, batch.response_mask_T & (correction.token_weight_T != 0), replicas)
+        return replace(batch, token_weight_T=correction.token_weight_T)
+
+    updates = [[corrected(batch) for batch in micro_batches] for micro_batches in updates]
+    metrics = correction_metrics(replicas.all_reduce_pieces(statistics_K))
     if config.drops and loss.resolved_normalization != "token":
-        scale_S = _loss_scale(corrected, loss, replicas, num_samples)
-        corrected = [
-            [replace(b, loss_scale_S=scale_S.to(b.tokens_T.device)[b.sample_ids_S]) for b in u] for u in corrected
+        tokens_S = replicas.all_reduce_pieces(kept_tokens_S)
+        scale_S = loss_scale_of_samples(plan, tokens_S, rollout.group_ids_S, loss).to(replicas.device)
+        updates = [
+            [replace(batch, loss_scale_S=scale_S[batch.sample_ids_S] * (batch.sample_ids_S >= 0)) for batch in update]
+            for update in updates
         ]
-    return corrected, metrics
+    return updates, metrics
 
 
-def _loss_scale(
-    updates: Sequence[Sequence[PackedBatch]], loss: FipoConfig, replicas: Replicas, num_samples: int
-) -> Tensor:
-    """fp32 [num_samples]: `loss_scale` of every sample within its update, by the tokens that were kept."""
-    table = torch.zeros(3, num_samples, dtype=torch.int64)  # kept tokens, group, number of the update from 1
-    for number, micro_batches in enumerate(updates, start=1):
-        for batch in micro_batches:
-            assert batch.token_weight_T is not None
-            kept_T = batch.response_mask_T & (batch.token_weight_T != 0)
-            tokens_S = sum_per_sequence(kept_T, batch.cu_seqlens_S1)
-            table[:, batch.sample_ids_S.cpu()] = torch.stack(
-                [tokens_S.long(), batch.group_ids_S, torch.full_like(batch.group_ids_S, number)]
-            ).cpu()
-    tokens_S, group_S, update_S = replicas.all_reduce(table)
-    scale_S = torch.zeros(num_samples)
-    for number in range(1, len(updates) + 1):
-        own_S = update_S == number
-        scale_S[own_S] = loss_scale(loss.resolved_normalization, tokens_S[own_S], group_S[own_S]).float()
-    return scale_S
+def _add_tokens(tokens_S: Tensor, batch: PackedBatch, counted_T: Tensor, replicas: Replicas) -> None:
+    """Add this rank's counted tokens of each of the batch's samples."""
+    pieces = batch.cu_seqlens_padded_S1
+    if replicas.context.size() > 1:
+        pieces = run_cu_seqlens(pieces, replicas.context.size())
+    per_sequence = sum_per_sequence(counted_T, pieces).view(len(batch.sample_ids_S), -1).sum(1).long()
+    real_S = batch.sample_ids_S >= 0  # a dummy is no sample
+    tokens_S.index_add_(0, batch.sample_ids_S[real_S], per_sequence[real_S])

@@ -20,6 +20,8 @@ def context_parallel_correction(
     _T: this rank's tokens as `zigzag.token_index` orders them, the mask false in the padding. cu_seqlens_S1: the padded
     ones of the whole pack. One all_reduce of 16 bytes per sequence, in which every rank of the group takes part.
     """
+    if group.size() == 1:
+        return importance_correction(old_logp_T, rollout_logp_T, response_mask_T, cu_seqlens_S1, config)
     runs_R1 = run_cu_seqlens(cu_seqlens_S1, group.size())
     own_2R = sequence_log_ratio(old_logp_T, rollout_logp_T, response_mask_T, runs_R1)
     log_ratio_2S = own_2R.view(2, -1, 2).sum(-1)

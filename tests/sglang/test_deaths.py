@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import EOS, V, check_completions, fleet_of, generate, make_prompts
+from fleets import EOS, V, check_completions, fleet_of, generate, label, make_prompts
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.engine import SamplingParams
@@ -63,22 +63,12 @@ def check_all_answered(client, prompts, completions, hf, victim) -> None:
     assert victim in client.fleet.condemned and len(client.fleet.serving()) == 1
 
 
-PROMPTS = make_prompts(24, seed=4)
-LONG = SamplingParams(300, stop_token_ids=(EOS,))
-
-
-@pytest.mark.parametrize("when", ["idle", "generating"])
-def test_a_stopped_server_is_condemned_and_comes_back_after_an_update(when, pair, hf_model, megatron):
-    from conftest import label
-
+def engine_of(client):
+    """An engine whose weight updates leave the weights as they are and count their version on."""
+    from megatron_fipo.parallel.replicas import Replicas
     from megatron_fipo.rollout.sglang.engine import SGLangEngine
 
-    keeper, victim = pair
-    client = client_of(keeper, victim, stall_s=2.0, probe_s=3.0)
-
     class Labels:
-        """Stands for a weight update: the weights stay, their version counts on."""
-
         def publish(self, version: int) -> None:
             for server in client.fleet.healthy():
                 label(server, version)
@@ -87,7 +77,18 @@ def test_a_stopped_server_is_condemned_and_comes_back_after_an_update(when, pair
         def close(self) -> None:
             pass
 
-    engine = SGLangEngine(client.fleet, client, Labels())
+    return SGLangEngine(client.fleet, client, Labels(), Replicas.current())
+
+
+PROMPTS = make_prompts(24, seed=4)
+LONG = SamplingParams(300, stop_token_ids=(EOS,))
+
+
+@pytest.mark.parametrize("when", ["idle", "generating"])
+def test_a_stopped_server_is_condemned_and_comes_back_after_an_update(when, pair, hf_model, megatron):
+    keeper, victim = pair
+    client = client_of(keeper, victim, stall_s=2.0, probe_s=3.0)
+    engine = engine_of(client)
     if when == "idle":
         signal_group(victim, signal.SIGSTOP)
         thread = threading.Thread(target=lambda: None)
@@ -132,6 +133,34 @@ def test_a_server_killed_while_idle(pair, hf_model):
     check_all_answered(client, PROMPTS, completions, hf_model("qwen2", tied=False)[1], victim)
     with pytest.raises(RolloutFailed, match="no server is left.*(process ended|nothing listens)"):
         generate(client_of(victim), PROMPTS, LONG)
+
+
+def test_a_dead_server_is_started_again_and_joins_at_an_update(pair, hf_model, megatron):
+    keeper, victim = pair
+    assert not victim.alive(), "runs after the tests above"
+    client = client_of(keeper, victim)
+    engine = engine_of(client)
+    engine.generate(PROMPTS, [*range(len(PROMPTS))], LONG)
+    engine.update_weights(1)
+    assert victim.alive() and client.fleet.serving() == [keeper]
+    wait_for(lambda: answers(victim), 240)
+    engine.generate(PROMPTS, [*range(len(PROMPTS))], LONG)
+    assert client.fleet.serving() == [keeper], "it has the weights of its disk until an update"
+    engine.update_weights(2)
+    assert client.fleet.serving() == [keeper, victim]
+    completions = engine.generate(PROMPTS, [*range(len(PROMPTS))], LONG)
+    check_completions(hf_model("qwen2", tied=False)[1], PROMPTS, completions)
+    engine.update_weights(0)
+
+
+def answers(server) -> bool:
+    from megatron_fipo.rollout.sglang.server import ServerLost, ServerRefused
+
+    try:
+        asyncio.run(server.get("/health", 30))
+    except (ServerLost, ServerRefused):
+        return False
+    return True
 
 
 def wait_for(condition, seconds: float = 15) -> None:

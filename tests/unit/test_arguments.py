@@ -188,7 +188,7 @@ def test_half_a_model_is_named(capsys, data, trained_base, tmp_path):
 
 def test_a_model_without_end_of_sequence_is_refused(capsys, data, trained_base, tmp_path):
     shutil.copytree(trained_base, tmp_path / "model")
-    for name in ("tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
         config = json.loads((trained_base / name).read_text())
         config = {key: value for key, value in config.items() if not key.startswith("eos_token")}
         (tmp_path / "model" / name).write_text(json.dumps(config))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.rollout.sglang.buckets import TensorSpec, fill_buckets, plan_buckets
+from megatron_fipo.rollout.sglang.buckets import TensorSpec, fill_buckets, make_buffers, plan_buckets
 from megatron_fipo.rollout.sglang.parameters import Checksums, name_mismatch, server_parameter
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def test_what_is_sent_is_what_is_rebuilt(shapes, capacity):
     named = tensors_of(shapes)
     buckets = plan_buckets([TensorSpec.of(*pair) for pair in named], capacity)
     rebuilt = []
-    for bucket, data in fill_buckets(iter(named), buckets, CPU):
+    for bucket, data in fill_buckets(iter(named), buckets, make_buffers(buckets, capacity, CPU)):
         description, offset = bucket.description(), 0
         assert data.dtype == torch.uint8 and len(data) == bucket.nbytes
         assert bucket.nbytes <= capacity or len(bucket.specs) == 1
@@ -52,14 +52,23 @@ def test_two_buffers_take_turns():
     """While a bucket is on the wire the next is filled beside it, and no third one exists."""
     named = tensors_of([((100,), torch.float32)] * 6)
     buckets = plan_buckets([TensorSpec.of(*pair) for pair in named], 400)
-    on_wire, addresses = None, set()
-    for (_, data), (_, tensor) in zip(fill_buckets(iter(named), buckets, CPU), named, strict=True):
+    filled, on_wire, addresses = fill_buckets(iter(named), buckets, make_buffers(buckets, 400, CPU)), None, set()
+    for (_, data), (_, tensor) in zip(filled, named, strict=True):
         if on_wire is not None:
             sent, value = on_wire
             assert torch.equal(sent.view(torch.float32), value), "overwritten before it arrived"
         on_wire = (data, tensor)
         addresses.add(data.data_ptr())
     assert len(buckets) == 6 and len(addresses) == 2
+
+
+def test_a_tensor_larger_than_a_bucket_is_not_copied():
+    named = tensors_of([((5,), torch.float32), ((30,), torch.float32), ((6,), torch.float32)])
+    buckets = plan_buckets([TensorSpec.of(*pair) for pair in named], 40)
+    buffers = make_buffers(buckets, 40, CPU)
+    assert sum(len(buffer) for buffer in buffers) <= 80
+    sent = [data.data_ptr() for _, data in fill_buckets(iter(named), buckets, buffers)]
+    assert sent == [buffers[0].data_ptr(), named[1][1].data_ptr(), buffers[1].data_ptr()]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,7 @@ def test_an_export_that_differs_from_its_list_is_refused(change, message):
     named = tensors_of([((4,), torch.float32), ((2, 2), torch.float32)])
     buckets = plan_buckets([TensorSpec.of(*pair) for pair in named], 1000)
     with pytest.raises(ValueError, match=message):
-        list(fill_buckets(iter(change(named)), buckets, CPU))
+        list(fill_buckets(iter(change(named)), buckets, make_buffers(buckets, 1000, CPU)))
 
 
 def test_names_become_sglang_parameters():

@@ -8,11 +8,13 @@ import torch
 
 from megatron_fipo.data.correction import correct_updates
 from megatron_fipo.data.packing import pack
+from megatron_fipo.data.planning import UpdatePlan
 from megatron_fipo.data.samples import Sample
 from megatron_fipo.loss import CorrectionConfig, FipoConfig, correction_metrics, fipo_loss, importance_correction
 from megatron_fipo.loss.correction import sequence_log_ratio
 from megatron_fipo.observe.step_metrics import policy_metrics
 from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.rollout import Rollout
 
 NAN = float("nan")
 LENGTHS = [0, 5, 60, 1, 30, 200, 40]
@@ -181,7 +183,13 @@ def test_batches_get_weights_and_scales_of_what_is_left(megatron, normalization)
     ]
     loss, replicas = FipoConfig(normalization=normalization), Replicas.current()
     config = CorrectionConfig.parse(["token-band:0.9:1.1"])
-    corrected, metrics = correct_updates(updates, config, loss, replicas, num_samples=6)
+    plan = [UpdatePlan((((0, 1), (2, 3)),)), UpdatePlan((((4,), (5,)),))]
+    numbers_S = torch.ones(6, dtype=torch.int64)
+    rollout = Rollout(
+        held={}, packed_length_S=numbers_S, response_tokens_S=numbers_S, reward_S=numbers_S.float(),
+        group_ids_S=torch.arange(6) // 2, table=torch.zeros(3, 2, 6), kept=(0, 1, 2), first_visit=0, batches=1,
+    )  # fmt: skip
+    corrected, metrics = correct_updates(updates, plan, rollout, config, loss, replicas)
     weights = [batch.token_weight_T.tolist() for update in corrected for batch in update]
     assert weights == [[1, 1, 1, 0, 0], [1, 1], [1, 1], [0, 0]]
     assert metrics["correction/dropped_fraction"] == pytest.approx(4 / 11)
@@ -195,7 +203,7 @@ def test_batches_get_weights_and_scales_of_what_is_left(megatron, normalization)
             "sequence": pytest.approx([1 / 8, 1 / 4, 1 / 4, 1 / 4, 1 / 2, 0]),
         }[normalization]
     )
-    assert correct_updates(updates, CorrectionConfig(), loss, replicas, num_samples=6) == (updates, {})
+    assert correct_updates(updates, plan, rollout, CorrectionConfig(), loss, replicas) == (updates, {})
 
 
 def test_the_gap_between_engine_and_trainer_is_measured(megatron):

@@ -38,6 +38,16 @@ def test_this_environment_can_train(tmp_path):
         assert re.search(r"\d+ patched symbols are as expected", checks["symbols"]["value"])
 
 
+@pytest.mark.parametrize(("version", "status"), [("0.5.10", "warning"), ("0.5.23", "ok"), (None, "absent")])
+def test_an_sglang_with_published_holes_is_named(version, status, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(doctor, "_version", lambda package: version)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: True)
+    check = doctor._sglang(torch)
+    assert check.status == status and ("make sglang" in check.fix or status == "ok")
+
+
 def test_a_bare_python_cannot(tmp_path):
     result = run_doctor("-S", "-m", "megatron_fipo.doctor")  # -S: no site-packages
     assert result.returncode == 1, result.stderr

@@ -4,6 +4,7 @@ A receiver rebuilds the tensors of a bucket from names, dtypes and shapes alone,
 sizes: everything here follows from one list of tensors.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,23 +74,37 @@ def plan_buckets(layout: Sequence[TensorSpec], capacity: int) -> list[Bucket]:
     return [Bucket(tuple(specs)) for specs in buckets]
 
 
-def fill_buckets(
-    stream: Iterator[tuple[str, Tensor]], buckets: Sequence[Bucket], device: torch.device
-) -> Iterator[tuple[Bucket, Tensor]]:
-    """Each bucket with its bytes, uint8 [nbytes] on ``device``.
+def make_buffers(buckets: Sequence[Bucket], capacity: int, device: torch.device) -> list[Tensor]:
+    """Room for two buckets, or for one if there is no other: uint8, of at most ``capacity`` bytes."""
+    sizes = [bucket.nbytes for bucket in buckets if bucket.nbytes <= capacity]
+    return [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in sizes[:2]]
 
-    Two buffers take turns: a bucket's bytes stay until the next but one is asked for, so the next is filled while one
-    is on the wire. Raises ValueError if the stream's tensors are not those of the buckets.
+
+def fill_buckets(
+    stream: Iterator[tuple[str, Tensor]], buckets: Sequence[Bucket], buffers: Sequence[Tensor]
+) -> Iterator[tuple[Bucket, Tensor]]:
+    """Each bucket with its bytes, uint8 [nbytes].
+
+    Two buffers take turns: what is in one stays until the next but one bucket is asked for, so that the next is filled
+    while one is on the wire. A tensor too large for a buffer is not copied; it stays until the next is asked for.
+    Raises ValueError if the stream's tensors are not those of the buckets.
     """
-    largest = max(bucket.nbytes for bucket in buckets)
-    buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in buckets[:2]]
-    for number, bucket in enumerate(buckets):
-        data = buffers[number % 2][: bucket.nbytes]
-        for spec, (_, target) in zip(bucket.specs, bucket.tensors(data), strict=True):
-            name, tensor = next(stream, ("nothing", torch.empty(0)))
-            if TensorSpec.of(name, tensor) != spec:
-                raise ValueError(f"the export gave {name} {list(tensor.shape)} in the place of {spec}")
-            target.copy_(tensor)
+    turns = itertools.cycle(buffers)
+    for bucket in buckets:
+        if any(bucket.nbytes <= len(buffer) for buffer in buffers):
+            data = next(turns)[: bucket.nbytes]
+            for spec, (_, target) in zip(bucket.specs, bucket.tensors(data), strict=True):
+                target.copy_(_take(stream, spec))
+        else:
+            (spec,) = bucket.specs
+            data = _take(stream, spec).contiguous().view(-1).view(torch.uint8)
         yield bucket, data
     for name, _ in stream:
         raise ValueError(f"the export gave {name} beyond its list")
+
+
+def _take(stream: Iterator[tuple[str, Tensor]], spec: TensorSpec) -> Tensor:
+    name, tensor = next(stream, ("nothing", torch.empty(0)))
+    if TensorSpec.of(name, tensor) != spec:
+        raise ValueError(f"the export gave {name} {list(tensor.shape)} in the place of {spec}")
+    return tensor

@@ -9,11 +9,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.engine import Completion, ProgressCallback, SamplingParams
 from megatron_fipo.rollout.sglang.client import Client, RolloutFailed
 from megatron_fipo.rollout.sglang.fleet import Fleet
@@ -45,8 +44,9 @@ class SGLangEngine:
     Seeds decide completions only on servers with --enable-deterministic-inference (see docs/engines.md).
     """
 
-    def __init__(self, fleet: Fleet, client: Client, sync: WeightSync):
-        self._fleet, self._client, self._sync = fleet, client, sync
+    def __init__(self, fleet: Fleet, client: Client, sync: WeightSync, replicas: Replicas):
+        self._fleet, self._client, self._sync, self._replicas = fleet, client, sync, replicas
+        self._starting: set[Server] = set()
 
     def generate(
         self,
@@ -62,12 +62,12 @@ class SGLangEngine:
         """
         if not prompts:
             return []
-        if not _leads():
-            while (message := _from_leader(None)) is None:
+        if not self._replicas.leads:
+            while (message := self._from_leader(None)) is None:
                 given_up()
         else:
             message = self._generate(prompts, seeds, sampling, on_finished or (lambda n: None), given_up)
-            _from_leader(message)
+            self._from_leader(message)
         if isinstance(message, Exception):
             raise message
         return message
@@ -75,7 +75,7 @@ class SGLangEngine:
     def update_weights(self, version: int) -> None:
         """Publish the trainer's weights; from here on only servers that hold them generate. Raises RolloutFailed."""
         self._agree()
-        self._pardon_who_answers()
+        self._pardon_or_restart()
         self._fleet.begin_update(version)
         self._sync.publish(version)
         self._agree()
@@ -114,7 +114,7 @@ class SGLangEngine:
                 with contextlib.suppress(queue.Empty):
                     on_finished(events.get(timeout=_HEARTBEAT_S) or 0)
                 if time.monotonic() - heard > _HEARTBEAT_S:
-                    _from_leader(None)
+                    self._from_leader(None)
                     if given_up():
                         stopped.set()
                         break
@@ -123,6 +123,9 @@ class SGLangEngine:
         if isinstance(error, RolloutFailed | UserError):
             return error
         return batch.result()
+
+    def _from_leader(self, message: Any) -> Any:
+        return self._replicas.from_leader(lambda: message)
 
     def _agree(self) -> None:
         """Every rank learns whom any rank has condemned or admitted."""
@@ -138,14 +141,20 @@ class SGLangEngine:
             if servers[i] not in self._fleet.condemned:
                 self._fleet.admit(servers[i])
 
-    def _pardon_who_answers(self) -> None:
-        """Condemned servers that answer again (continued, reachable again) take part in the coming update."""
+    def _pardon_or_restart(self) -> None:
+        """Condemned servers that answer again (continued, reachable again, restarted) take part in the coming update;
+        the others are started again by whoever started them, to take part in a later one."""
         answering: list[Any] = [[]]
         if dist.get_rank() == 0:
             answering = [asyncio.run(_answering(self._fleet.servers, self._fleet.condemned))]
-        dist.broadcast_object_list(answering, src=0, device=_device())
-        for i in answering[0]:
-            self._fleet.pardon(self._fleet.servers[i])
+        dist.broadcast_object_list(answering, src=0, device=self._replicas.device)
+        for i, server in enumerate(self._fleet.servers):
+            if i in answering[0]:
+                self._starting.discard(server)
+                self._fleet.pardon(server)
+            elif server in self._fleet.condemned and (server not in self._starting or not server.alive()):
+                self._starting.add(server)
+                server.restart()
 
 
 async def _unless(stopped: threading.Event, completions: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
@@ -170,25 +179,3 @@ async def _answering(servers: Sequence[Server], condemned: Mapping[Server, str])
     asked = [i for i, server in enumerate(servers) if server in condemned]
     found = await asyncio.gather(*(answers(servers[i]) for i in asked))
     return [i for i, answer in zip(asked, found, strict=True) if answer]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _leads() -> bool:
-    """Whether this rank talks to the servers for its data-parallel replica."""
-    stage = parallel_state.get_pipeline_model_parallel_group()
-    return stage.rank() == parallel_state.get_tensor_and_context_parallel_group().rank() == 0
-
-
-def _from_leader(message: Any) -> Any:
-    """The leader's ``message`` on every rank of its replica: along the pipeline, then inside each stage."""
-    box = [message]
-    for group in (
-        parallel_state.get_pipeline_model_parallel_group(),
-        parallel_state.get_tensor_and_context_parallel_group(),
-    ):
-        if group.size() > 1:
-            dist.broadcast_object_list(box, group=group, group_src=0, device=_device())
-    return box[0]

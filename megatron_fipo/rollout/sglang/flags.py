@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from megatron_fipo.errors import UserError
 
+OLDEST_VERSION = "0.5.11"
+"""Up to 0.5.10 SGLang runs pickled code that reaches its sockets (CVE-2026-3059, -3060, -7301, -7304)."""
+
 PREFIX = "--sglang-"
 OURS = ("--sglang-servers", "--sglang-url", "--sglang-host", "--sglang-port")
 """Flags with this prefix that the trainer itself understands."""

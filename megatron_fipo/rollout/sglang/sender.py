@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets
+from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets, make_buffers
 from megatron_fipo.rollout.sglang.calls import Answer, Calls, failed, fault
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import Checksums, name_mismatch
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 _JOIN = "/init_weights_update_group"
 _RECEIVE_FAILED = "Failed to receive weights"  # SGLang's words for a broken broadcast, whoever broke it
-_RELEASE_S = 15.0  # for a server to notice that the group's meeting point is gone
+_RELEASE_S = 8.0  # for a server to notice that a group's meeting point is gone, or its sender
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SyncSettings:
     ``deadline_s``: of every call and its collective; ``join_deadline_s``: for forming the group.
     """
 
-    bucket_bytes: int = 256 * 2**20
+    bucket_bytes: int = 512 * 2**20
     pause: str = "retract"
     check: bool = False
     deadline_s: float = 120.0
@@ -62,6 +63,17 @@ class _Message:
     answers: "dict[Server, Future[Answer]]"
     broadcast: dist.Work
 
+    def is_broken(self) -> bool:
+        """Whether this end of the broadcast has failed."""
+        end = self.broadcast.get_future()
+        if not end.done():
+            return False
+        try:
+            end.value()
+        except RuntimeError:
+            return True
+        return False
+
 
 class Sender:
     """Sends ``buckets`` from ``device`` to the healthy servers of ``fleet``."""
@@ -73,6 +85,7 @@ class Sender:
         self._calls = Calls()
         self._group: UpdateGroup | None = None
         self._versions: dict[Server, str | None] = {}  # of the group's members, in its order: what each must report
+        self._buffers: list[Tensor] = []
         self._sums: Checksums | None = None
 
     def close(self) -> None:
@@ -99,7 +112,7 @@ class Sender:
             return False
         infos = self._each(servers, "/model_info", lambda server: server.get("/model_info", self._settings.deadline_s))
         return infos.keys() == self._versions.keys() and all(
-            self._versions[server] in (None, info.get("weight_version")) for server, info in infos.items()
+            info.get("weight_version") == self._versions[server] for server, info in infos.items()
         )
 
     def _join(self, servers: Sequence[Server]) -> bool:
@@ -210,15 +223,23 @@ class Sender:
     def transfer(self, stream: Iterator[tuple[str, Tensor]], version: str) -> bool:
         """Whether every server has loaded every bucket; if not, some are condemned and the group is dissolved."""
         self._sums = Checksums(self._tensor_names) if self._settings.check else None
+        capacity = self._settings.bucket_bytes
+        buffers = self._buffers or make_buffers(self._buckets, capacity, self._device)
+        if self._device.type == "cpu":  # new pages cost about as much as the wire; CUDA's allocator keeps its own
+            self._buffers = buffers
         on_wire: _Message | None = None
-        for number, (bucket, data) in enumerate(fill_buckets(stream, self._buckets, self._device), start=1):
+        for number, (bucket, data) in enumerate(fill_buckets(stream, self._buckets, buffers), start=1):
             if on_wire and not self._arrived(on_wire):
                 return False
             on_wire = self._send(bucket, data, number, version if number == len(self._buckets) else None)
             if self._sums:
                 for name, tensor in bucket.tensors(data):
                     self._sums.add(name, tensor)
-        return on_wire is not None and self._arrived(on_wire)
+            if bucket.nbytes > capacity:  # a tensor of the export itself, which lasts only until the next
+                if not self._arrived(on_wire):
+                    return False
+                on_wire = None
+        return on_wire is None or self._arrived(on_wire)
 
     def _send(self, bucket: Bucket, data: Tensor, number: int, version: str | None) -> _Message:
         assert self._group is not None
@@ -228,15 +249,19 @@ class Sender:
             "flush_cache": False,  # once at the end: one that is refused would fail the update
             "weight_version": version,
         }
-        path, deadline = "/update_weights_from_distributed", self._settings.deadline_s
+        # The broadcast ends before its calls do: who is only a victim of it still has the time to say so.
+        path, deadline = "/update_weights_from_distributed", self._settings.deadline_s + _RELEASE_S
         answers = self._calls.start_all(self._versions, lambda server: server.post(path, body, deadline, admin=True))
         return _Message(f"bucket {number} of {len(self._buckets)}", answers, self._group.broadcast(data))
 
     def _arrived(self, message: _Message) -> bool:
         """Wait until a bucket is loaded everywhere. If it breaks, condemn who broke it."""
         assert self._group is not None
-        wait(message.answers.values(), return_when=FIRST_EXCEPTION)
-        if not any(map(failed, message.answers.values())):
+        answers = message.answers.values()
+        waiting = set(answers)
+        while waiting and not any(map(failed, answers)) and not message.is_broken():
+            waiting = wait(answers, timeout=_POLL_S, return_when=FIRST_EXCEPTION).not_done
+        if not waiting and not any(map(failed, answers)):
             message.broadcast.wait()
             return True
         # First let everyone go who hangs in this broadcast: kill who is silent, then close this end. Whoever still
@@ -261,9 +286,13 @@ class Sender:
 
     def finish(self, version: str) -> None:
         """Admit each server whose update ends well."""
-        for server in self._each(list(self._versions), "the end of the update", lambda s: self._end(s, version)):
+        members = list(self._versions)
+        finished = self._each(members, "the end of the update", lambda server: self._end(server, version))
+        for server in finished:
             self._versions[server] = version
             self._fleet.admit(server)
+        if len(finished) < len(members):
+            self._dissolve()
 
     async def _end(self, server: Server, version: str) -> Answer:
         """Close the session, check what the server holds, and let it generate."""

@@ -1,10 +1,7 @@
-"""One SGLang server: how to reach it, what can go wrong with a request, and its process where this one started it."""
+"""One SGLang server: how to reach it, and what can go wrong with a request."""
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from megatron_fipo.rollout.sglang.process import Process
 
 CONNECT_S = 5.0
 """A server's kernel accepts a connection at once, however busy the server is."""
@@ -42,15 +41,6 @@ class ServerAddress:
     admin_key: str
 
 
-@dataclass(frozen=True)
-class Process:
-    """A server that this process started: its supervisor, and the server's own process id."""
-
-    supervisor: subprocess.Popen
-    pid: int
-    log_path: Path
-
-
 class Server:
     """A server as its clients see it. Every rank has one for each server; only the starter's has a process.
 
@@ -74,19 +64,21 @@ class Server:
 
     def alive(self) -> bool:
         """False if its process is known to have ended. True says little: a stopped server is alive."""
-        return self.process is None or self.process.supervisor.poll() is None
+        return self.process is None or self.process.alive()
 
     def kill(self) -> None:
-        """End the process and all that it started, at once; a server stuck in a collective ignores gentler ways."""
-        if self.process and self.alive():
-            os.killpg(self.process.supervisor.pid, signal.SIGKILL)
-            self.process.supervisor.wait()
+        """End it, if this process started it."""
+        if self.process:
+            self.process.kill()
 
-    def log_tail(self, lines: int = 12) -> str:
-        """The last lines of its log, "" if the log is elsewhere."""
-        if self.log_path is None:
-            return ""
-        return "\n".join(line[:300] for line in self.log_path.read_text(errors="replace").splitlines()[-lines:])
+    def restart(self) -> None:
+        """End it and start it again at the same address, if this process started it; does not wait for it."""
+        if self.process:
+            self.process = self.process.again()
+
+    def log_tail(self) -> str:
+        """The end of its log, "" if the log is elsewhere."""
+        return self.process.log_tail() if self.process else ""
 
     async def post(
         self, path: str, body: Mapping[str, Any] | None = None, deadline_s: float = 60.0, admin: bool = False

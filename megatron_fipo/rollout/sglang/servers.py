@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,19 +18,11 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.rollout.sglang import launch, supervisor
+from megatron_fipo.rollout.sglang import launch
+from megatron_fipo.rollout.sglang.flags import OLDEST_VERSION
 from megatron_fipo.rollout.sglang.fleet import Fleet
-from megatron_fipo.rollout.sglang.server import (
-    MalformedAnswer,
-    Process,
-    Server,
-    ServerAddress,
-    ServerLost,
-    ServerRefused,
-)
-
-OLDEST_VERSION = "0.5.11"
-"""Up to 0.5.10 SGLang runs pickled code that reaches their sockets (CVE-2026-3059, -3060, -7301, -7304)."""
+from megatron_fipo.rollout.sglang.process import Process
+from megatron_fipo.rollout.sglang.server import MalformedAnswer, Server, ServerAddress, ServerLost, ServerRefused
 
 # The key/value cache is bounded by tokens: a small fraction of the memory fails when other processes start meanwhile.
 _CPU_FLAGS = (
@@ -160,14 +151,8 @@ def _start(settings: StartSettings, index: int, port: int) -> Server:
     if cuda:
         environment["CUDA_VISIBLE_DEVICES"] = _devices(settings, index)
     log_path = settings.log_folder / f"{socket.gethostname()}_{port}.log"
-    with open(log_path, "w") as log:
-        supervised = subprocess.Popen(
-            [sys.executable, "-I", supervisor.__file__, str(os.getpid()), *command],
-            env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-        )  # fmt: skip
-    assert supervised.stdout is not None
-    pid = int(supervised.stdout.readline())
-    return Server(f"server {socket.gethostname()}:{port}", address, Process(supervised, pid, log_path))
+    process = Process.launch(command, environment, log_path)
+    return Server(f"server {socket.gethostname()}:{port}", address, process)
 
 
 def _devices(settings: StartSettings, index: int) -> str:

@@ -25,10 +25,11 @@ class UpdateGroup:
     ) -> None:
         """``host`` is the address of this machine at which the others can reach it; the kernel chooses the port.
 
-        ``timeout_s`` bounds each collective, ``join_timeout_s`` each wait in `open`.
+        ``join_timeout_s`` bounds each wait in `open`. ``timeout_s`` ends a collective of gloo; at it NCCL would end the
+        process, so there it is out of reach, and `abort` ends a collective that takes too long.
         """
         self.name, self.world_size, self.backend, self.host = name, world_size, backend, host
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout = timedelta(seconds=timeout_s if backend == "gloo" else 10 * timeout_s)
         listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.port: int = listener.getsockname()[1]
         self._store: dist.TCPStore | None = dist.TCPStore(

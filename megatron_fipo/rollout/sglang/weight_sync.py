@@ -76,7 +76,7 @@ class WeightSync:
     def _agree(self, value: bool) -> bool:
         """Rank 0's value, on every rank."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            told = torch.tensor([value], dtype=torch.int32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            told = torch.tensor([value], dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
             dist.broadcast(told, src=0)
             value = bool(told.item())
         return value

@@ -1,0 +1,71 @@
+"""FIPO on SGLang servers, as a user starts it: two trainer ranks, two servers, real weight updates."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+LAYOUTS = {"data parallel": (), "tensor parallel": ("--tensor-model-parallel-size", 2)}
+FLAGS = """
+    --preset quickstart --grpo-prompts-per-step 2 --grpo-group-size 64 --global-batch-size 64 --rollout-max-tokens 12
+    --max-tokens-per-microbatch 512 --lr 2e-3 --lr-warmup-iters 0 --no-rollout-dynamic-sampling --eval-interval 100
+"""
+HELD_OUT = 64
+
+
+def train(runs: Path, base: Path, name: str, steps: int, *flags: object) -> Path:
+    """One run over two prompts, whose answers it learns; returns its folder."""
+    two = runs / "two.jsonl"
+    two.write_text("".join((base / "train.jsonl").read_text().splitlines(keepends=True)[:2]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += ["-m", "megatron_fipo.train", *FLAGS.split(), "--hf-model", base, "--runs-dir", runs, "--run-name", name]
+    command += ["--prompt-data", two, "--eval-data", f"both:{two}:{HELD_OUT}", "--num-steps", steps, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return runs / name
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if str(run.parent) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_trains_on_servers(layout, sglang_installed, trained_base, tmp_path):
+    """It learns, the servers' log-probs are the trainer's before and after every update, and nothing is left."""
+    flags = ("--rollout-engine", "sglang", "--sglang-servers", 2, "--check-weights", "--seed", 3, *LAYOUTS[layout])
+    run = train(tmp_path, trained_base, "run", 14, *flags)
+    assert all(row["mismatch/max"] < 1e-4 for row in rows(run)[1:])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["accuracy_before"] < 0.25 and summary["accuracy_after"] > 0.5
+    assert len(list((run / "sglang").glob("*.log"))) == 2
+    assert not processes_of(run)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accuracy_equals_the_embedded_engines(layout, sglang_installed, trained_base, tmp_path):
+    """Over three seeds, within two standard errors."""
+    accuracy = {}
+    for engine in ("embedded", "sglang"):
+        flags = ("--rollout-engine", engine, *(("--sglang-servers", 2) if engine == "sglang" else ()))
+        runs = [
+            train(tmp_path, trained_base, f"{engine} {seed}", 14, *flags, "--seed", seed, *LAYOUTS[layout])
+            for seed in (1, 2, 3)
+        ]
+        accuracy[engine] = [json.loads((run / "summary.json").read_text())["accuracy_after"] for run in runs]
+    means = {engine: sum(values) / 3 for engine, values in accuracy.items()}
+    variances = [sum((a - means[engine]) ** 2 for a in values) / 2 / 3 for engine, values in accuracy.items()]
+    sampling = sum(m * (1 - m) / (3 * 2 * HELD_OUT) for m in means.values())
+    assert abs(means["embedded"] - means["sglang"]) <= 2 * math.sqrt(max(sum(variances), sampling))

@@ -113,7 +113,7 @@ def compare_throughput(server: Server, rounds: int) -> tuple[float, list[dict[st
 
 
 class WatchedServer(Server):
-    """Remembers when it was asked for which completion."""
+    """Remembers when it was asked for which completion, at whatever attempt."""
 
     def __init__(self, name: str, address: ServerAddress):
         super().__init__(name, address)
@@ -123,7 +123,7 @@ class WatchedServer(Server):
         self, session: aiohttp.ClientSession, method: str, path: str, admin: bool = False, **request: Any
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         if path == "/generate":
-            self.asked[request["json"]["rid"]] = time.monotonic()
+            self.asked[request["json"]["rid"].partition(".")[0]] = time.monotonic()
         return super().open(session, method, path, admin, **request)
 
 

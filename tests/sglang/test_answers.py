@@ -109,6 +109,16 @@ def test_a_spoiled_answer_is_asked_again(kind, proxied, servers, hf_model):
     assert len(client.fleet.serving()) == 2
 
 
+def test_the_only_server_is_asked_again_while_it_still_works_on_the_lost_answer(proxied, hf_model):
+    server, proxy = proxied
+    proxy.kind, proxy.faults = "reset in mid-body", 2
+    client = client_of(server)
+    prompts = make_prompts(6)
+    completions = generate(client, prompts, SamplingParams(300, stop_token_ids=(EOS,)))
+    check_completions(hf_model("qwen2", tied=False)[1], prompts, completions)
+    assert proxy.spoiled == 2 == client.faults.lost and proxy.requests == 8
+
+
 @pytest.mark.parametrize("kind", ["500", "NaN log-prob"])
 def test_a_server_that_only_fails_is_condemned(kind, proxied, servers):
     server, proxy = proxied

@@ -6,7 +6,7 @@ import random
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 
@@ -129,12 +129,14 @@ class _Batch:
 
     async def complete(self, question: Question) -> Completion:
         """Ask until there is a whole answer. Raises RolloutFailed."""
-        failures = 0
+        attempts = failures = 0
         avoid: Server | None = None
         while True:
+            attempts += 1
             server = self._choose(question.prompt, avoid)
             try:
-                return await self._ask(server, question)
+                # A server refuses a name that it still works on, as it does for seconds after a connection broke.
+                return await self._ask(server, replace(question, rid=f"{question.rid}.{attempts}"))
             except (ServerLost, ServerRefused, MalformedAnswer) as error:
                 failure = error
             if isinstance(failure, ServerRefused) and failure.status in (400, 404, 413, 422):

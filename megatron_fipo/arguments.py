@@ -24,8 +24,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
-from megatron_fipo.rewards.pool import DEFAULT_TIMEOUT
-from megatron_fipo.rewards.verify import RULES
+from megatron_fipo.rewards.flags import add_reward_flags
 from megatron_fipo.rollout.sglang.flags import split_flags
 from megatron_fipo.validation import check, check_command_line, model_parallel_size
 
@@ -53,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_run_flags(parser.add_argument_group("run"))
     _add_algorithm_flags(parser.add_argument_group("FIPO"))
-    _add_rollout_flags(parser.add_argument_group("data, rollouts and rewards"))
+    _add_rollout_flags(parser.add_argument_group("data and rollouts"))
+    add_reward_flags(parser.add_argument_group("rewards"))
     megatron_arguments.add_megatron_arguments(parser)
     for action in parser._actions:  # one of Megatron's help texts has a bare "10%)", on which argparse's --help fails
         action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
@@ -118,6 +118,12 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--prompt-key", metavar="COLUMN", help="of the prompt; default: prompt, problem or question")
     group.add_argument("--answer-key", metavar="COLUMN", help="of the answer; a.b is b within a (docs/data.md)")
+    group.add_argument(
+        "--problem-template",
+        default="none",
+        metavar="none|dapo|boxed|TEXT",
+        help="goes around bare problems (docs/data.md)",
+    )
     group.add_argument(
         "--apply-chat-template",
         action=argparse.BooleanOptionalAction,
@@ -186,36 +192,6 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--rollout-only", metavar="DIR", help="write rollouts to DIR and do not train")
     group.add_argument("--train-from-rollouts", metavar="DIR", help="train on rollouts that --rollout-only wrote")
-    group.add_argument(
-        "--reward-overlong-buffer",
-        type=int,
-        metavar="TOKENS",
-        help="last tokens of the length limit that cost reward; 0: off",
-    )
-    group.add_argument("--reward-overlong-penalty", type=float, help="reward lost at the length limit")
-    group.add_argument(
-        "--reward-overlong-filter",
-        action="store_true",
-        help="keep responses that ran into the length limit out of the loss",
-    )
-    group.add_argument(
-        "--reward-function",
-        nargs="+",
-        default=[],
-        metavar="MODULE:NAME[=WEIGHT]",
-        help="reward: the weighted sum of these functions; 'source' is the verifier that a prompt's source names",
-    )
-    group.add_argument(
-        "--reward-default-rule",
-        choices=sorted(RULES),
-        help="judges prompts whose source is missing or has no verifier",
-    )
-    group.add_argument(
-        "--reward-timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="of one call of a verifier"
-    )
-    group.add_argument(
-        "--reward-network", action="store_true", help="verifiers may open sockets and see the environment"
-    )
 
 
 def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo.data.encoding import encoder, load_tokenizer
-from megatron_fipo.data.layouts import Keys
+from megatron_fipo.data.layouts import TEMPLATES, Keys
 from megatron_fipo.data.prompts import Prompt, count_duplicates, drop_long, read_prompts
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
@@ -55,13 +55,14 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     tokenizer = load_tokenizer(args.hf_model)
     encode = encoder(tokenizer, args.apply_chat_template)
     terms = parse_terms(args.reward_function)
+    template = TEMPLATES.get(args.problem_template, args.problem_template)
 
     def resolve(source: str, where: str) -> str:
         needed = any(term.name == SOURCE for term in terms)
         return resolve_source(source, where, args.reward_default_rule) if needed else source
 
     prompts = (
-        read_prompts(args.prompt_data, encode, Keys(args.prompt_key, args.answer_key), resolve)
+        read_prompts(args.prompt_data, encode, Keys(args.prompt_key, args.answer_key, template), resolve)
         if args.prompt_data
         else []
     )
@@ -69,7 +70,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     _check_weights(args, kept)
     eval_sets = []
     for name, path, samples in map(parse_eval_data, args.eval_data):
-        held_out = read_prompts([path], encode, resolve=resolve)
+        held_out = read_prompts([path], encode, Keys(template=template), resolve)
         eval_sets.append(EvaluationSet(name, tuple(drop_long(held_out, args.max_prompt_tokens)), samples))
     leaders = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // model_parallel_size(args))  # on this node
     workers = max(1, len(os.sched_getaffinity(0)) // leaders)

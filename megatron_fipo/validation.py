@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
 from megatron_fipo.rewards.functions import parse_terms
 from megatron_fipo.settings import correction_config, loss_config
@@ -107,13 +108,17 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
         raise UserError("--eval-data is missing: give at least one set, for example aime24:aime24.jsonl:32")
     if training and not args.prompt_data and not args.train_from_rollouts:
         raise UserError("--prompt-data is missing: give at least one file of prompts")
-    _check_prompt_weights(args)
+    _check_prompts(args)
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
     _check_save_hf(args)
 
 
-def _check_prompt_weights(args: argparse.Namespace) -> None:
+def _check_prompts(args: argparse.Namespace) -> None:
+    if args.problem_template not in TEMPLATES and "{problem}" not in args.problem_template:
+        raise UserError(
+            f"--problem-template {args.problem_template!r} is none of {', '.join(TEMPLATES)}; a text needs {{problem}}"
+        )
     weights, paths = args.prompt_weights, args.prompt_data or []
     if weights and len(weights) != len(paths):
         raise UserError(

@@ -12,6 +12,7 @@ A real server of a tiny random model on this machine; a few minutes.
 
 import argparse
 import asyncio
+import logging
 import signal
 import statistics
 import subprocess
@@ -149,7 +150,7 @@ def redispatch_seconds(server: Server, *, serving: bool, seed: int) -> float:
         kill()
     batch = prompts(CONCURRENT, seed)
     start = time.monotonic()
-    completions = asyncio.run(client.generate(batch, range(len(batch)), SamplingParams(400), lambda n: None))
+    completions = asyncio.run(client.generate(batch, range(len(batch)), SamplingParams(128), lambda n: None))
     assert len(completions) == len(batch) and client.faults.lost > 0
     moved = [keeper.asked[rid] for rid in victim.asked if rid in keeper.asked]
     return max(moved) - (killed[0] if serving else start)
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--kills", type=int, default=20)
     arguments = parser.parse_args()
+    logging.disable()  # every kill would be told
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model")
         settings = StartSettings(str(Path(folder) / "model"), 1, (), "float32", 0, Path(folder) / "log")

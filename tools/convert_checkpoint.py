@@ -39,11 +39,11 @@ from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from megatron_fipo.arguments import build_parser, platform_defaults, validate_megatron  # noqa: E402
-from megatron_fipo.checkpoint.hf import load_hf_weights  # noqa: E402
 from megatron_fipo.checkpoint.hf_files import HFWeights  # noqa: E402
-from megatron_fipo.checkpoint.hf_write import copy_side_files, write_hf_folder  # noqa: E402
+from megatron_fipo.checkpoint.hf_write import copy_side_files, read_ahead, write_hf_folder  # noqa: E402
 from megatron_fipo.checkpoint.parity import Parity, compare  # noqa: E402
 from megatron_fipo.checkpoint.torch_dist import TorchDistWeights  # noqa: E402
+from megatron_fipo.checkpoint.torch_dist_write import save_torch_dist  # noqa: E402
 from megatron_fipo.errors import UserError  # noqa: E402
 from megatron_fipo.model.build import model_provider  # noqa: E402
 from megatron_fipo.model.hf_config import architecture, megatron_arguments  # noqa: E402
@@ -87,6 +87,7 @@ def build_model(hf_dir: Path, dtype: torch.dtype, flags: Sequence[str]) -> tuple
     parser.set_defaults(**platform_defaults() | architecture(hf_dir))
     parser.set_defaults(bf16=dtype is torch.bfloat16, no_save_optim=True, no_save_rng=True, finetune=True)
     parser.set_defaults(seq_length=PROMPT_TOKENS, train_iters=1, lr=1e-6, min_lr=0.0, use_distributed_optimizer=False)
+    parser.set_defaults(perform_initialization=False)  # every weight is loaded
     args = parser.parse_args(list(flags))
     args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     validate_megatron(args)
@@ -107,14 +108,13 @@ def import_hf(hf_dir: Path, out: Path, dtype: torch.dtype | None, flags: Sequenc
     megatron_arguments(hf_dir)  # names what the folder lacks
     stored = dtype or own_dtype(hf_dir)
     args, chunks = build_model(hf_dir, stored, flags)
-    load_hf_weights(chunks, hf_dir)
     partial = out.with_name(out.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         copy_side_files(hf_dir, partial / SIDE_FILES, dtype)
     dist.barrier()
     args.save = str(partial)
-    checkpointing.save_checkpoint(0, chunks, None, None, 0, release=True)
+    save_torch_dist(chunks, hf_dir, partial)
     if dist.get_rank() == 0:
         partial.rename(out)
     dist.barrier()
@@ -133,7 +133,7 @@ def export_hf(megatron: Path, hf_dir: Path | None, out: Path, dtype: torch.dtype
     weights = TorchDistWeights(megatron, source)
     layout = weights.layout(dtype)
     stored = {tensor.dtype for tensor in layout}
-    write_hf_folder(weights.hf_tensors(), layout, source, out, stored.pop() if len(stored) == 1 else None)
+    write_hf_folder(read_ahead(weights.hf_tensors()), layout, source, out, stored.pop() if len(stored) == 1 else None)
     return {"tensors": len(layout), "out": str(out)}
 
 

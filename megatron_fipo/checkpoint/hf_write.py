@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,6 +95,15 @@ def copy_side_files(source: Path, folder: Path, dtype: torch.dtype | None = None
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_ahead(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same stream; the next tensor is read while the caller works on one. Not for a stream of collectives."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(next, tensors, None)
+        while (item := pending.result()) is not None:
+            pending = reader.submit(next, tensors, None)
+            yield item
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], layout: Sequence[HFTensor], folder: Path) -> None:

@@ -8,14 +8,15 @@ Every rank's shard is a chunk with its offsets in that whole; chunks lie one aft
 import io
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_fipo.checkpoint.hf_files import HFTensor, is_finite, some
 from megatron_fipo.checkpoint.hf_map import EMBEDDING, OUTPUT, WeightMap, expert_of
@@ -70,7 +71,7 @@ class TorchDistWeights:
             UserError: no checkpoint, a damaged `.metadata`, or parameters are missing, superfluous or misshapen.
         """
         self.folder = checkpoint_folder(folder)
-        metadata = _read_metadata(self.folder / ".metadata")
+        metadata = read_metadata(self.folder / ".metadata")
         self._storage = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -78,8 +79,10 @@ class TorchDistWeights:
             if isinstance(entry, TensorStorageMetadata) and _PARAMETER.fullmatch(key)
         }
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        self._files: dict[str, BinaryIO] = {}
-        self._map = _weight_map(hf_config_dir, self._tensors)
+        self._files: dict[str, io.BufferedReader] = {}
+        self._stacked = are_stacked(self._tensors)
+        embedding = self._tensors.get(EMBEDDING)
+        self._map = weight_map_of_config(hf_config_dir, embedding.size[0] if embedding else None)
         self._check(hf_config_dir)
 
     def layout(self, dtype: torch.dtype | None = None) -> list[HFTensor]:
@@ -101,22 +104,7 @@ class TorchDistWeights:
             yield from zip(rule.hf_names, rule.split(self._read(name)), strict=True)
 
     def _key(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """The parameter's key in the checkpoint and its place along the stacked axes."""
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        if match is None:
-            return name, ()
-        layer, below = int(match[1]), match[2]
-        place: tuple[int, ...] = ()
-        expert = expert_of(name)
-        if expert is not None:
-            below, place = re.sub(r"experts\.\d+", "experts.experts", below), (expert,)
-        elif below == "input_layernorm.weight":
-            below = "self_attention.linear_qkv.layer_norm_weight"
-        elif below == "pre_mlp_layernorm.weight" and not self._map.has_experts(layer):
-            below = "mlp.linear_fc1.layer_norm_weight"
-        if f"decoder.layers.{below}" in self._tensors:
-            return f"decoder.layers.{below}", (layer, *place)
-        return f"decoder.layers.{layer}.{below}", place
+        return stored_at(name, self._map, self._stacked)
 
     def _entry(self, name: str) -> tuple[TensorStorageMetadata, tuple[int, ...]]:
         key, place = self._key(name)
@@ -149,15 +137,18 @@ class TorchDistWeights:
             for chunk in entry.chunks:
                 by_place.setdefault(tuple(chunk.offsets[:axes]), []).append(chunk)
             self._chunks[key] = by_place
-        full = torch.empty(entry.size[axes:], dtype=entry.properties.dtype)
-        read = 0
-        for chunk in self._chunks[key].get(place, ()):
-            tensor = self._read_chunk(key, chunk).reshape(chunk.sizes[axes:])
-            window = full
-            for axis, (start, size) in enumerate(zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True)):
-                window = window.narrow(axis, start, size)
-            window.copy_(tensor)
-            read += tensor.numel()
+        chunks = self._chunks[key].get(place, ())
+        shape = entry.size[axes:]
+        if len(chunks) == 1 and chunks[0].sizes[axes:] == shape:
+            full, read = self._read_chunk(key, chunks[0]).reshape(shape), shape.numel()
+        else:
+            full, read = torch.empty(shape, dtype=entry.properties.dtype), 0
+            for chunk in chunks:
+                window = full
+                for axis, (start, size) in enumerate(zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True)):
+                    window = window.narrow(axis, start, size)
+                window.copy_(self._read_chunk(key, chunk).reshape(chunk.sizes[axes:]))
+                read += window.numel()
         if read != full.numel():
             raise UserError(f"{self.folder} holds {read} of the {full.numel()} numbers of {name}: save it again.")
         if not is_finite(full):
@@ -171,14 +162,37 @@ class TorchDistWeights:
             if info.relative_path not in self._files:
                 self._files[info.relative_path] = open(path, "rb")  # noqa: SIM115 (kept for the chunks that follow)
             file = self._files[info.relative_path]
-            file.seek(info.offset)
-            tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+            # Reads the tensor's bytes straight into its memory.
+            stored = _create_file_view(file, info.offset, info.length)
+            tensor = torch.load(cast(IO[bytes], stored), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path} cannot be read at {key} ({reason}): copy the checkpoint again.") from error
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
             raise UserError(f"{path} holds no tensor of shape {tuple(chunk.sizes)} at {key}: copy it again.")
         return tensor
+
+
+def are_stacked(keys: Collection[str]) -> bool:
+    """True if layers are stacked, so that no key of a parameter has a layer's number."""
+    return not any(re.match(r"decoder\.layers\.\d", key) for key in keys)
+
+
+def stored_at(name: str, weight_map: WeightMap, stacked: bool) -> tuple[str, tuple[int, ...]]:
+    """The key of the parameter with this global name, and its place along the stacked axes (layer, expert)."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return name, ()
+    layer, below = int(match[1]), match[2]
+    place: tuple[int, ...] = ()
+    expert = expert_of(name)
+    if expert is not None:
+        below, place = re.sub(r"experts\.\d+", "experts.experts", below), (expert,)
+    elif below == "input_layernorm.weight":
+        below = "self_attention.linear_qkv.layer_norm_weight"
+    elif below == "pre_mlp_layernorm.weight" and not weight_map.has_experts(layer):
+        below = "mlp.linear_fc1.layer_norm_weight"
+    return (f"decoder.layers.{below}", (layer, *place)) if stacked else (f"decoder.layers.{layer}.{below}", place)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -189,7 +203,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> Metadata:
+    """The checkpoint's index. Raises UserError: it is damaged, or names code that has no place in it."""
     try:
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -199,7 +214,8 @@ def _read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _weight_map(hf_config_dir: str | Path, tensors: Mapping[str, TensorStorageMetadata]) -> WeightMap:
+def weight_map_of_config(hf_config_dir: str | Path, padded_vocab_size: int | None = None) -> WeightMap:
+    """The rules for the model that config.json describes, without a model (None: no padding)."""
     arguments = architecture(hf_config_dir)
     fields = {name: arguments[name] for name in _CONFIG}
     fields |= {name: arguments[name] for name in _CONFIG_OF_EXPERTS if name in arguments}
@@ -207,5 +223,5 @@ def _weight_map(hf_config_dir: str | Path, tensors: Mapping[str, TensorStorageMe
         **fields, num_moe_experts=arguments.get("num_experts"), gated_linear_unit=True, add_bias_linear=False
     )
     vocab_size = arguments["vocab_size"]
-    padded = tensors[EMBEDDING].size[0] if EMBEDDING in tensors else vocab_size
-    return WeightMap(config, vocab_size, padded, tied=not arguments["untie_embeddings_and_output_weights"])
+    tied = not arguments["untie_embeddings_and_output_weights"]
+    return WeightMap(config, vocab_size, padded_vocab_size or vocab_size, tied)

@@ -20,6 +20,15 @@ ANSWER_KEYS = ("reward_model.ground_truth", "answer", "label", "ground_truth", "
 SOURCE_KEYS = ("source", "data_source")
 METADATA_KEYS = ("metadata", "extra_info")
 
+TEMPLATES = {
+    "none": "{problem}",
+    "dapo": "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+    'Remember to put your answer on its own line after "Answer:".',
+    "boxed": "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+}
+"""What goes around a bare problem; "dapo" is what stands in the prompts of DAPO-Math-17k."""
+
 Messages = tuple[tuple[str, str], ...]
 """((role, content), ...)."""
 
@@ -38,10 +47,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Keys:
-    """Columns to look at before the known ones; "a.b" is b within a."""
+    """Columns to look at before the known ones; "a.b" is b within a.
+
+    ``template`` goes around text that stands in another column than ``prompt``: a bare problem, without a word on how
+    to answer. Its ``{problem}`` is replaced.
+    """
 
     prompt: str | None = None
     answer: str | None = None
+    template: str = "{problem}"
 
 
 KNOWN_KEYS = Keys()
@@ -53,7 +67,7 @@ def parse_row(where: str, row: dict[str, Any], keys: Keys, default_source: str) 
     Raises:
         UserError: naming row, field, the value seen and the fix.
     """
-    _, prompt = _first(row, keys.prompt, PROMPT_KEYS)
+    prompt_key, prompt = _first(row, keys.prompt, PROMPT_KEYS)
     answer_key, answer = _first(row, keys.answer, ANSWER_KEYS)
     _, source = _first(row, None, SOURCE_KEYS)
     metadata_key, metadata = _first(row, None, METADATA_KEYS)
@@ -65,9 +79,10 @@ def parse_row(where: str, row: dict[str, Any], keys: Keys, default_source: str) 
         raise UserError(f"{where}: no {_either(keys.prompt, PROMPT_KEYS)} (seen: {_seen(row)}); give --prompt-key")
     if answer is None:
         raise UserError(f"{where}: no {_either(keys.answer, ANSWER_KEYS)} (seen: {_seen(row)}); give --answer-key")
-    return Question(
-        _prompt(where, prompt), _answer(where, answer_key, answer), source or default_source, metadata or {}
-    )
+    question = _prompt(where, prompt)
+    if isinstance(question, str) and prompt_key != "prompt":
+        question = keys.template.replace("{problem}", question)
+    return Question(question, _answer(where, answer_key, answer), source or default_source, metadata or {})
 
 
 def has_key(row: dict[str, Any], key: str) -> bool:

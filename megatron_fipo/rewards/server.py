@@ -66,10 +66,10 @@ class _Worker:
         data = os.read(fd, 1 << 16)
         *lines, self._received = (self._received + data).split(b"\n")
         for line in lines[: len(self.calls)]:
-            scores = json.loads(line)
+            scores = [_checked(*pair) for pair in json.loads(line)]
             if len(scores) != len(self.calls[0].numbers):
                 raise ValueError("scores of another number of responses")
-            yield self.calls.popleft(), [_checked(*pair) for pair in scores]
+            yield self.calls.popleft(), scores
             self.deadline = time.monotonic() + self._timeout
         if not data or len(self._received) > _LONGEST_LINE:
             raise ValueError("the process ended")
@@ -191,7 +191,7 @@ class Server:
                 for call, values in worker.read(fd) if fd in readable else ():
                     for number, value in zip(call.numbers, values, strict=True):
                         scores[call.name][number] = value
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError, RecursionError):  # a user's function may write anything there
                 broken = True
             late = time.monotonic() > worker.deadline
             if worker.calls and not broken and not late:
@@ -212,7 +212,9 @@ def main() -> None:
     """Answer the trainer's requests until it closes the pipe."""
     connection = Connection(int(sys.argv[1]))
     confine.die_with_parent(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
+    # They reach every process of a terminal or a job; the trainer, which may want to finish a step, decides.
+    for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(asked, signal.SIG_IGN)
     try:
         settings = connection.recv()
         server = Server(settings)

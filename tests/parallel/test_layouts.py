@@ -70,6 +70,11 @@ RESHARDED = {
     "one to CP2": (2, f"--num-steps 2 --load {{runs}}/saver_one/checkpoints {CP} 2"),
     "TP2 to TP2 PP2": (4, f"--num-steps 2 --load {{runs}}/saver_TP2/checkpoints {TP} 2 {SP} {PP} 2"),
 }
+BF16 = {
+    "bf16": (1, "--bf16"),
+    "bf16 TP2 DP2": (4, f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"),
+    "bf16 PP2 CP2": (4, f"--bf16 {PP} 2 {CP} 2"),
+}
 MOE = {
     "one": (1, ""),
     "EP2": (2, f"{EP} 2"),
@@ -170,7 +175,7 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
 @pytest.fixture(scope="module")
 def dense(megatron, hf_model, tmp_path_factory):
     folder, _ = hf_model("qwen3", tied=False, num_hidden_layers=4)
-    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE | RESHARDED)
+    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE | RESHARDED | BF16)
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +211,18 @@ def test_a_mixture_of_experts_trains_alike_in_every_layout(layout, moe):
 @pytest.mark.parametrize("layout", [name for name in RESHARDED if name.startswith("two steps ") or " to " in name])
 def test_a_checkpoint_continues_in_another_layout(layout, dense):
     check_equal(dense[layout], dense["two steps"], layout)
+
+
+@pytest.mark.parametrize("layout", [name for name in BF16 if name != "bf16"])
+def test_bf16_is_no_further_from_fp32_in_any_layout(layout, dense):
+    """Weights by the norm of their difference; sums over a whole update, which cancel by luck, within a few percent."""
+    (metrics, weights), (_, one_weights) = dense[layout], dense["bf16"]
+    expected_metrics, expected_weights = dense["one"]
+
+    def squared_gap(found: dict[str, torch.Tensor]) -> float:
+        return sum(float((found[name].double() - value).square().sum()) for name, value in expected_weights.items())
+
+    assert 0 < squared_gap(weights) <= 1.5**2 * squared_gap(one_weights)
+    for update, expected in zip(metrics["updates"], expected_metrics["updates"], strict=True):
+        for key in ("actor/pg_loss", "actor/grad_norm", "actor/influence_weights_mean"):
+            assert update[key] == pytest.approx(expected[key], rel=0.05, abs=0.01), key

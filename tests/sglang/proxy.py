@@ -116,7 +116,7 @@ class FaultyProxy:
             if line.startswith(b"data: {"):
                 events.append(json.loads(line[6:]))
                 await asyncio.sleep(self.delay_s)
-                if not kind and events[-1]["meta_info"]["finish_reason"]:
+                if not kind and "error" not in events[-1] and events[-1]["meta_info"]["finish_reason"]:
                     self._last_answer = events
             if kind == "reset in mid-body" and events:
                 await response.write(line[:40])

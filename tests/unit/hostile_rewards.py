@@ -101,6 +101,9 @@ ACTS = {
     "print": _print,
     "patch": _patch,
     "descriptors": _write_to_every_descriptor,
+    "nesting": lambda: os.write(3, b"[" * 500_000 + b"\n") and time.sleep(60),
+    "huge": lambda: os.write(3, b"[[1" + b"0" * 4000 + b", null]]\n") and time.sleep(60),
+    "flood": lambda: [os.write(3, b"x" * 100_000) for _ in range(1000)],
     "environment": _read_environment,
 }  # fmt: skip
 

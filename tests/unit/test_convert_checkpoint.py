@@ -146,7 +146,7 @@ class _Malice:
 
 def _damage(checkpoint: Path, kind: str) -> None:
     release = checkpoint / "release"
-    data = next(release.glob("*.distcp"))
+    data = release / "weights_0.distcp"
     if kind == "truncated":
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     elif kind == "missing file":
@@ -176,9 +176,9 @@ def _damage(checkpoint: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("truncated", r"__0_0\.distcp cannot be read at .*weight"),
-        ("missing file", r"__0_0\.distcp cannot be read"),
-        ("flipped", r"__0_0\.distcp cannot be read at embedding\.word_embeddings\.weight"),
+        ("truncated", r"weights_0\.distcp cannot be read at .*weight"),
+        ("missing file", r"weights_0\.distcp cannot be read"),
+        ("flipped", r"weights_0\.distcp cannot be read at embedding\.word_embeddings\.weight"),
         ("no metadata", r"release.*incomplete"),
         ("cut metadata", r"\.metadata cannot be read"),
         ("foreign code", r"\.metadata cannot be read .*mkdir has no place in it"),
@@ -203,9 +203,11 @@ def test_damage_is_named_and_leaves_no_output(convert, imported, tmp_path, monke
 def test_a_checkpoint_with_nan_is_refused(convert, hf_model, tmp_path):
     from megatron.training import checkpointing
 
+    from megatron_fipo.checkpoint.hf import load_hf_weights
+
     source, _ = hf_model("qwen3", tied=False)
     args, chunks = convert.build_model(source, torch.float32, [])
-    convert.load_hf_weights(chunks, source)
+    load_hf_weights(chunks, source)
     with torch.no_grad():
         chunks[0].decoder.layers[1].mlp.linear_fc2.weight[3, 5] = float("nan")
     args.save = str(tmp_path / "megatron")

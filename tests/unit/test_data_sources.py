@@ -10,7 +10,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from megatron_fipo.data.layouts import Keys, parse_row
+from megatron_fipo.data.layouts import TEMPLATES, Keys, parse_row
 from megatron_fipo.data.prompts import read_prompts
 from megatron_fipo.data.sources import find_files, read_rows
 from megatron_fipo.errors import UserError
@@ -157,6 +157,15 @@ MATH500 = {"problem": "p", "answer": r"\frac{3}{4}", "subject": "Algebra", "leve
 def test_published_layouts_are_understood(row, keys, expected):
     question = parse_row("here", row, keys, "file")
     assert (question.prompt, question.answer, question.source, question.metadata) == expected
+
+
+def test_a_template_goes_around_bare_problems_only():
+    keys = Keys(template=TEMPLATES["dapo"])
+    bare = parse_row("here", {"question": r"What is $\frac{1}{2}$ in {problem}s?", "answer": "1"}, keys, "file").prompt
+    assert r"problem.\n\nWhat is $\frac{1}{2}$ in {problem}s?\n\nRemember".replace("\\n", "\n") in bare
+    for prompt in ("Whole.", USER):
+        row = {"prompt": prompt, "answer": "1"}
+        assert parse_row("here", row, keys, "file") == parse_row("here", row, Keys(), "file")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """The verifiers' process against functions that hang, crash, flood, fork and patch: each costs its own score alone."""
 
+import csv
 import os
+import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -27,6 +30,9 @@ FAILS = {
     "kill": "PermissionError",
     "socket": "PermissionError",
     "file": "OSError",
+    "nesting": "without a verdict",
+    "huge": "without a verdict",
+    "flood": "without a verdict",
     "nan": "the score is nan",
     "text": "ValueError",
 }
@@ -170,6 +176,12 @@ def test_a_malformed_reward_function_is_named(spec):
         parse_terms(["a:f=1", "a:f=2"])
 
 
+def test_the_signals_that_stop_a_job_stop_the_trainer_first(pool):
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pool._process.pid, asked)
+    assert pool.score([response("7")], [0]) == [Verdict(1.0, True)]
+
+
 def test_a_dead_verifiers_process_is_reported():
     with RewardPool(workers=1) as pool:
         pool._process.kill()
@@ -196,3 +208,18 @@ def test_a_verdict_comes_within_a_second_of_its_timeout(pool, act):
     began = time.monotonic()
     assert pool.score([response(act)], [0])[0].error
     assert time.monotonic() - began < TIMEOUT + 1.0
+
+
+def test_two_cores_judge_five_hundred_ordinary_answers_a_second():
+    """In CPU time of the verifiers' process and its workers, so that a busy machine makes no difference."""
+    with open(Path(__file__).with_name("answer_pairs.tsv"), newline="") as file:
+        table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        pairs = [p for p in table if p["from"] in ("aime24", "amc23", "gsm8k")]
+    responses = [response(rf"So it is \boxed{{{p['answer']}}}.", p["reference"]) for p in pairs] * 7
+    with RewardPool(workers=2, sources=["math500"]) as pool:
+        pool.score(responses[:100], range(100))
+        began = sum(psutil.Process(pool._process.pid).cpu_times()[:4])
+        verdicts = pool.score(responses, range(len(responses)))
+        seconds = sum(psutil.Process(pool._process.pid).cpu_times()[:4]) - began
+    assert [v.correct for v in verdicts] == [p["math_verify"] == "1" for p in pairs] * 7
+    assert 2 * len(responses) / seconds >= 500

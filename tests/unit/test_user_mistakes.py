@@ -57,6 +57,7 @@ FLAGS = [
     ("--prompt-key questoin", "--prompt-key 'questoin' is in no row"),
     ("--answer-key gold", "--answer-key 'gold' is in no row"),
     ("--apply-chat-template", "no chat template"),
+    ("--problem-template daop", "'daop' is none of none, dapo, boxed"),
     ("--fp16", "use --bf16"),
     ("--train-iters 100", "use --num-steps"),
     ("--micro-batch-size 4", "use --max-tokens-per-microbatch"),

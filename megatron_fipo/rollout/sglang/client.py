@@ -140,11 +140,11 @@ class _Batch:
             if isinstance(failure, ServerRefused) and failure.status in (400, 404, 413, 422):
                 raise RolloutFailed(f"{server} refuses a request as wrong in itself: {failure}") from failure
             self._faults[_KIND[type(failure)]] += 1
-            log.warning("%s: asked again after %s: %s", server, type(failure).__name__, failure)
             self.health.failed(server, failure)
             if not self._fleet.serves(server, self._version):
                 avoid = None  # condemned: it was not the question's fault, and others can be asked at once
                 continue
+            log.warning("%s: asked again after %s: %s", server, type(failure).__name__, failure)
             avoid, failures = server, failures + 1
             if failures == self._deadlines.attempts:
                 raise RolloutFailed(

@@ -1,6 +1,6 @@
 """Training state on disk: Megatron's torch_dist checkpoint plus the small state of the RL loop.
 
-A checkpoint is written as ``partial/iter_0000010/``: Megatron's files (weights, optimizer, schedule, RNG), the loop's
+A checkpoint is written as ``partial-*/iter_0000010/``: Megatron's files (weights, optimizer, schedule, RNG), the loop's
 ``rl_state.json``, and last a manifest. The whole folder is then renamed to ``iter_0000010/``, so that a folder of that
 name was whole once; what has happened to it since, the manifest tells. See docs/checkpoints.md.
 """
@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,7 +65,8 @@ class Checkpoints:
         keep_last: int,
         warn: Callable[[str], None],
     ) -> None:
-        """
+        """Collective.
+
         Args:
             folder: where this run's checkpoints go.
             args: Megatron's global arguments, which its loader and its writer read.
@@ -72,6 +74,8 @@ class Checkpoints:
             warn: is told of every damaged checkpoint.
         """
         self._folder, self._args, self._keep_last, self._warn = folder, args, keep_last, warn
+        # A name of its own: a writer that outlived its killed run must not write into this run's files.
+        self._partial = folder / f"{_PARTIAL}-{_gather(secrets.token_hex(4))[0]}"
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._damaged: set[Path] = set()
         self._pending: LoopState | None = None  # its asynchronous save is under way
@@ -89,9 +93,8 @@ class Checkpoints:
         """
         self.finish()
         self._pending = state
-        partial = self._folder / _PARTIAL
-        self._together(lambda: self._remove(partial))
-        save_to, self._args.save = self._args.save, str(partial)
+        self._together(self._clean)
+        save_to, self._args.save = self._args.save, str(self._partial)
         try:
             self._megatron(
                 lambda: checkpointing.save_checkpoint(
@@ -151,7 +154,7 @@ class Checkpoints:
         state = self._pending
         if state is None:
             return
-        folder = _folder_of(self._folder / _PARTIAL, state.step)
+        folder = _folder_of(self._partial, state.step)
         if self._records is None:
             self._megatron(lambda: async_utils.maybe_finalize_async_save(blocking=blocking))
             if not async_utils.is_empty_async_queue():
@@ -179,15 +182,18 @@ class Checkpoints:
         whole = [p for p in earlier if p.resolve() not in self._damaged and not find_damage(p, contents=False)]
         for path in set(earlier) - set(whole[-self._keep_last :]):
             self._remove(path)
-        self._remove(self._folder / _PARTIAL)
+        self._clean()
 
     def _remove(self, path: Path) -> None:
         """Take a folder out of sight first, so that a kill on the way leaves no half checkpoint under its name."""
-        if path.exists():
-            doomed = self._folder / f"{_PARTIAL}.removed"
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+        doomed = self._partial.with_name(f"{self._partial.name}.{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def _clean(self) -> None:
+        """Remove what interrupted saves have left."""
+        for path in self._folder.glob(f"{_PARTIAL}-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _megatron(self, action: Callable[[], None]) -> None:
         """Run a part of Megatron's saving, which fails on all ranks alike, but tells the first alone why."""
@@ -221,7 +227,7 @@ class Checkpoints:
         step, self._pending, self._records = self._pending.step, None, None
         free = shutil.disk_usage(self._folder).free
         if dist.get_rank() == 0:
-            shutil.rmtree(self._folder / _PARTIAL, ignore_errors=True)
+            self._clean()
         raise UserError(
             f"the checkpoint of step {step} could not be written to {self._folder} ({reason}; {free / 1e9:,.3f} GB are "
             f"free there); make room and start the same command again, which continues from the checkpoint before"

@@ -13,8 +13,10 @@ FROM ${IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 WORKDIR /opt/megatron_fipo
 
-# Build tools first: the extension is compiled against the image's torch, so without build isolation.
-RUN pip install --no-cache-dir ninja==1.13.2 pybind11==3.1.0
+# Build tools first: the extension is compiled against the image's torch, so without build isolation. The image has both
+# as a rule, and its constraints choose their versions.
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir ninja pybind11
 
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY requirements requirements
@@ -22,9 +24,11 @@ COPY csrc csrc
 COPY megatron_fipo megatron_fipo
 COPY tools tools
 COPY examples examples
-# The image's own constraints (PIP_CONSTRAINT) hold for what it was tested with. The first line adds torch itself: its
-# version is on no index, so a dependency that wants another ends the build. CUDA=1: never without the kernels.
-RUN python -c 'import torch; print(f"torch=={torch.__version__}")' >/tmp/keep.txt \
+# The image's own constraints (PIP_CONSTRAINT, /etc/pip/constraint.txt) hold for what it was tested with; transformers
+# and what moves with it are ours. keep.txt adds torch itself: its version is on no index, so a dependency that wants
+# another one ends the build. CUDA=1: never without the kernels.
+RUN sed -i -E '/^(transformers|tokenizers|huggingface[-_]hub)[=<>]/Id' /etc/pip/constraint.txt \
+    && python -c 'import torch; print(f"torch=={torch.__version__}")' >/tmp/keep.txt \
     && grep '^transformers==' requirements/base.txt >>/tmp/keep.txt \
     && MEGATRON_FIPO_CUDA=1 pip install --no-cache-dir --no-build-isolation --constraint /tmp/keep.txt --editable . \
     && rm /tmp/keep.txt

@@ -5,8 +5,9 @@
 #   HF_MODEL=/models/Qwen2.5-32B PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
 #   MASTER_ADDR=node0 NODE_RANK=0 examples/dapo_qwen2.5_32b.sh             # and so on, on every node
 #
-# The smallest cluster that fits is NNODES=2: see docs/launching.md, and `python tools/plan_run.py --help` for others.
-# Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON.
+# The smallest cluster that fits is NNODES=2 with --rollout-max-running 32; tools/plan_run.py forecasts others.
+# Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
+# same command started again goes on from the run's newest checkpoint.
 set -euo pipefail
 NNODES=${NNODES:-16}
 # shellcheck source=examples/cluster.sh
@@ -40,6 +41,10 @@ ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-embedded}
 ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 20480 --rollout-temperature 1.0)
 if [[ $ROLLOUT_ENGINE == embedded ]]; then
     ROLLOUT+=(--transformer-impl local --rollout-max-running 48)
+else
+    require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"
+    read -ra SERVERS <<<"$SGLANG_URLS"
+    ROLLOUT+=(--sglang-url "${SERVERS[@]}")
 fi
 
 OPTIMIZER=(--lr 1e-6 --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0)
@@ -50,9 +55,6 @@ OUTPUT=(
     --run-name "$RUN_NAME" --runs-dir "$RUNS_DIR"
     --save-interval 5 --keep-last 2 # weights and optimizer: 459 GB a checkpoint
 )
-if [[ -n $(compgen -G "$RUNS_DIR/$RUN_NAME/checkpoints/iter_*/rl_state.json") ]]; then
-    OUTPUT+=(--load "$RUNS_DIR/$RUN_NAME/checkpoints") # started again: go on where the newest checkpoint is
-fi
 
 launch -m megatron_fipo.train "${MODEL[@]}" "${PARALLEL[@]}" "${ALGORITHM[@]}" "${DATA[@]}" "${ROLLOUT[@]}" \
     "${OPTIMIZER[@]}" "${OUTPUT[@]}" "$@"

@@ -4,8 +4,9 @@
 #   HF_MODEL=/models/Qwen2.5-Math-7B PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
 #   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen2.5_7b_math.sh         # and so on, on every node
 #
-# It fits on one node (NNODES=1) as it is: see docs/launching.md, and `python tools/plan_run.py --help` for others.
-# Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON.
+# It fits on one node (NNODES=1) as it is; tools/plan_run.py forecasts others.
+# Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
+# same command started again goes on from the run's newest checkpoint.
 set -euo pipefail
 NNODES=${NNODES:-4}
 # shellcheck source=examples/cluster.sh
@@ -25,7 +26,7 @@ PARALLEL=(
     --context-parallel-size 1      # one sequence of 12,288 tokens fits easily
     --use-distributed-optimizer    # 12 bytes a parameter over 16 replicas: 2.9 GB a GPU; over 4, one node: 11.4 GB
     --overlap-grad-reduce --overlap-param-gather
-    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 # 32,768 tokens keep 3.3 GB, not 75
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 # 32,768 tokens keep 3.3 GB, not 73
     --distributed-timeout-minutes 60 # replicas wait for the one that still generates 10,240 tokens
 )
 
@@ -49,6 +50,10 @@ ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 10240 --rollout
 if [[ $ROLLOUT_ENGINE == embedded ]]; then
     ROLLOUT+=(--transformer-impl local) # the layers that can generate
     ROLLOUT+=(--rollout-max-running 96) # 12,288 tokens x 28 KiB of keys and values: 34 GB a GPU at the most
+else
+    require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"
+    read -ra SERVERS <<<"$SGLANG_URLS"
+    ROLLOUT+=(--sglang-url "${SERVERS[@]}")
 fi
 
 OPTIMIZER=(--lr 1e-6 --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0)
@@ -59,9 +64,6 @@ OUTPUT=(
     --run-name "$RUN_NAME" --runs-dir "$RUNS_DIR"
     --save-interval 5 --keep-last 2 # weights and optimizer: 107 GB a checkpoint
 )
-if [[ -n $(compgen -G "$RUNS_DIR/$RUN_NAME/checkpoints/iter_*/rl_state.json") ]]; then
-    OUTPUT+=(--load "$RUNS_DIR/$RUN_NAME/checkpoints") # started again: go on where the newest checkpoint is
-fi
 
 launch -m megatron_fipo.train "${MODEL[@]}" "${PARALLEL[@]}" "${ALGORITHM[@]}" "${DATA[@]}" "${ROLLOUT[@]}" \
     "${OPTIMIZER[@]}" "${OUTPUT[@]}" "$@"

@@ -1,6 +1,6 @@
 """Flags: Megatron's own, ours beside them, presets and the Hugging Face model as their defaults.
 
-Order of precedence, weakest first: Megatron's defaults, the machine (``_platform_defaults``), the preset, the model's
+Order of precedence, weakest first: Megatron's defaults, the machine (``platform_defaults``), the preset, the model's
 config.json, the command line.
 """
 
@@ -24,6 +24,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
+from megatron_fipo.rewards.flags import add_reward_flags
 from megatron_fipo.rollout.sglang.flags import split_flags
 from megatron_fipo.validation import check, check_command_line, model_parallel_size
 
@@ -51,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_run_flags(parser.add_argument_group("run"))
     _add_algorithm_flags(parser.add_argument_group("FIPO"))
-    _add_rollout_flags(parser.add_argument_group("data, rollouts and rewards"))
+    _add_rollout_flags(parser.add_argument_group("data and rollouts"))
+    add_reward_flags(parser.add_argument_group("rewards"))
     megatron_arguments.add_megatron_arguments(parser)
     for action in parser._actions:  # one of Megatron's help texts has a bare "10%)", on which argparse's --help fails
         action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
@@ -100,7 +102,33 @@ def _add_algorithm_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prompt-data", nargs="+", metavar="PATH", help="JSONL with prompt, answer, source, metadata")
+    group.add_argument(
+        "--prompt-data",
+        nargs="+",
+        metavar="PATH",
+        help="JSONL, Parquet or Arrow file, folder, or Hub dataset OWNER/NAME",
+    )
+    group.add_argument(
+        "--prompt-weights",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="WEIGHT",
+        help="shares of the --prompt-data paths",
+    )
+    group.add_argument("--prompt-key", metavar="COLUMN", help="of the prompt; default: prompt, problem or question")
+    group.add_argument("--answer-key", metavar="COLUMN", help="of the answer; a.b is b within a (docs/data.md)")
+    group.add_argument(
+        "--problem-template",
+        default="none",
+        metavar="none|dapo|boxed|TEXT",
+        help="goes around bare problems (docs/data.md)",
+    )
+    group.add_argument(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="default: to prompts that are chat messages, not to text",
+    )
     group.add_argument(
         "--eval-data", nargs="+", default=[], metavar="NAME:PATH:N", help="held-out prompts, N samples each"
     )
@@ -126,9 +154,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weight-sync-bucket-mb",
         type=int,
-        default=512 if torch.cuda.is_available() else 16,
+        default=512 if torch.cuda.is_available() else 64,
         metavar="MB",
-        help="weights go to servers in messages of MB; default: 512 with GPUs, 16 without",
+        help="weights go to servers in messages of MB; default: 512 with GPUs, 64 without",
     )
     group.add_argument(
         "--weight-sync-deadline", type=float, default=120.0, metavar="S", help="a server that takes longer is given up"
@@ -164,17 +192,10 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--rollout-only", metavar="DIR", help="write rollouts to DIR and do not train")
     group.add_argument("--train-from-rollouts", metavar="DIR", help="train on rollouts that --rollout-only wrote")
-    group.add_argument(
-        "--reward-overlong-buffer",
-        type=int,
-        metavar="TOKENS",
-        help="last tokens of the length limit that cost reward; 0: off",
-    )
-    group.add_argument("--reward-overlong-penalty", type=float, help="reward lost at the length limit")
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse and check a command line; nothing is started.
+def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.Namespace:
+    """Parse and check a command line; nothing is started. Without ``training`` it is one for evaluate.py.
 
     Raises UserError naming the flag, the value seen and the fix.
     """
@@ -185,7 +206,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--preset", default=DEFAULT_PRESET)
     first.add_argument("--hf-model")
     chosen, _ = first.parse_known_args(argv)
-    parser.set_defaults(**_platform_defaults())
+    parser.set_defaults(**platform_defaults())
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))  # an unknown name fails below, as any bad choice does
     if chosen.hf_model:
         parser.set_defaults(**model_arguments(chosen.hf_model))
@@ -199,10 +220,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.dry_run:  # as if started on enough ranks for one replica
         args.world_size = max(args.world_size, model_parallel_size(args))
     args.command_line = list(argv)
-    check(args)
-    _derive(args)
+    check(args, training=training)
+    if not training:
+        args.global_batch_size = args.world_size  # a batch that every layout takes
+        args.finetune, args.save_interval = True, None
+    _derive(args, training)
     if args.hf_model:
-        _validate_megatron(args)
+        validate_megatron(args)
     return args
 
 
@@ -214,7 +238,7 @@ def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
     return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
-def _platform_defaults() -> dict[str, Any]:
+def platform_defaults() -> dict[str, Any]:
     """What every RL run needs from Megatron, and what the machine at hand cannot do."""
     defaults: dict[str, Any] = {
         "micro_batch_size": 1,  # one pack
@@ -245,22 +269,22 @@ def _platform_defaults() -> dict[str, Any]:
     }
 
 
-def _derive(args: argparse.Namespace) -> None:
+def _derive(args: argparse.Namespace, training: bool) -> None:
     """Fill in Megatron's arguments that follow from ours."""
     args.train_iters = args.num_steps  # one learning-rate step per rollout
     args.min_lr = args.lr if args.min_lr is None else args.min_lr
     args.lr_decay_iters = args.lr_decay_iters or max(args.num_steps, args.lr_warmup_iters + 1)
     args.seq_length = args.max_prompt_tokens + args.rollout_max_tokens
     args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
-    _find_start(args)
+    _find_start(args, training)
     args.load = None  # we load after the model is built, see checkpoint/state.py
     if args.save_interval:
         args.save = str(RunFolder(Path(args.runs_dir), args.run_name).checkpoints)
 
 
-def _find_start(args: argparse.Namespace) -> None:
+def _find_start(args: argparse.Namespace, training: bool) -> None:
     run = RunFolder(Path(args.runs_dir), args.run_name)
-    if args.dry_run or args.rollout_only:  # the run's folder is not touched
+    if args.dry_run or args.rollout_only or not training:  # the run's folder is not touched
         if args.load:
             check_loadable(args.load, finetune=args.finetune)
         args.load_run, args.start_note = args.load, None
@@ -270,13 +294,13 @@ def _find_start(args: argparse.Namespace) -> None:
         args.load,
         finetune=args.finetune,
         command_line=args.command_line,
-        num_steps=args.num_steps,
         saves=bool(args.save_interval),
     )
     args.load_run, args.finetune, args.start_note = start.load, start.weights_only, start.note
 
 
-def _validate_megatron(args: argparse.Namespace) -> None:
+def validate_megatron(args: argparse.Namespace) -> None:
+    """Derive the padded vocabulary and let Megatron check its arguments. Raises UserError with Megatron's reason."""
     # Megatron prints as it validates; stdout belongs to the run's own lines and to --dry-run's JSON.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:

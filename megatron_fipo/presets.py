@@ -43,6 +43,7 @@ _FIPO_32B: dict[str, Any] = {
     "global_batch_size": 64 * 16,
     "rollout_max_tokens": 20480,
     "reward_overlong_buffer": 4096,
+    "distributed_timeout_minutes": 60,  # replicas wait for the one with the longest responses
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -71,6 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "global_batch_size": 128,
         "max_prompt_tokens": 32,
         "rollout_max_tokens": 56,
+        "distributed_timeout_minutes": 10,
         "reward_overlong_buffer": 0,
         "max_tokens_per_microbatch": 4096,
         "eval_top_p": 1.0,

@@ -70,15 +70,17 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         )
     folder = RunFolder(Path(args.runs_dir), args.run_name)
     folder.create()
-    stream = PromptStream(inputs.prompts, args.seed)
+    stream = PromptStream(inputs.prompts, args.seed, weights=args.prompt_weights)
     first = args.rank == 0
     console = Console(args.num_steps, enabled=first)
     if args.start_note:
         console.note(args.start_note)
-    with _megatron_log(folder.path / "megatron.log" if first else Path(os.devnull)):
+    with megatron_log(folder.path / "megatron.log" if first else Path(os.devnull)):
         chunks, optimizer, scheduler = start_megatron(args)
         checkpoints = Checkpoints(folder.checkpoints, args, chunks, optimizer, scheduler, args.keep_last, console.note)
         state = _load(args, stream, checkpoints, chunks, optimizer)
+    if state.step:
+        console.note(f"loaded step {state.step} of {args.load_run}")
     stream.cursor = state.prompt_cursor
     replicas = Replicas.current()
     timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -90,7 +92,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         policy=Policy(
             chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
         ),
-        engine=_open_engine(args, folder, chunks, replicas),
+        engine=open_engine(args, folder, chunks, replicas),
         replicas=replicas,
         checkpoints=checkpoints,
         interruption=Interruption(replicas.device),
@@ -111,9 +113,26 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
 
 def start_megatron(args: argparse.Namespace) -> tuple[list[Any], Any, Any]:
     """Process groups, and the model with random weights: its chunks, optimizer and schedule."""
+    initialize(args)
+    return training.setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider(args))
+
+
+def load_model(args: argparse.Namespace, note: Callable[[str], None]) -> list[Any]:
+    """Process groups, and the model's chunks with the weights of --hf-model or --load, to generate with only."""
+    initialize(args)
+    chunks = training.get_model(model_provider(args), ModelType.encoder_or_decoder, wrap_with_ddp=False)
+    if args.load_run:
+        folder = Path(args.load_run)
+        Checkpoints(folder, args, chunks, None, None, args.keep_last, note).load_weights(folder)
+    else:
+        load_hf_weights(chunks, args.hf_model)
+    return chunks
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Megatron's global variables and process groups."""
     set_global_variables(args, build_tokenizer=False)
     initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
-    return training.setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider(args))
 
 
 def _load(
@@ -133,22 +152,23 @@ def _load(
             f"--load {args.load_run} was trained with another --prompt-data, --max-prompt-tokens or --seed, so its "
             f"place in the prompts means nothing here; give the same ones, or start from its weights with --finetune"
         )
-    if state.step > args.num_steps:
+    left = args.num_steps - state.step  # none: the run was interrupted between its last checkpoint and its last words
+    if left < 0 or (left == 0 and not checkpoints.are_in(args.load_run)):
         raise UserError(
-            f"--load {args.load_run} holds step {state.step}, beyond --num-steps {args.num_steps}; raise --num-steps"
+            f"--load {args.load_run} holds step {state.step} of --num-steps {args.num_steps}; raise --num-steps"
         )
     return state
 
 
-def _open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], replicas: Replicas) -> RolloutEngine:
+def open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], replicas: Replicas) -> RolloutEngine:
     """The engine that --rollout-engine names; collective over all ranks."""
     if args.rollout_engine == "embedded":
         return EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
     # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
-    from megatron_fipo.rollout.sglang.factory import open_engine, open_fleet, open_weight_sync
+    from megatron_fipo.rollout.sglang import factory
 
-    fleet = open_fleet(args, folder.path / "sglang")
-    return open_engine(args, fleet, open_weight_sync(args, chunks, fleet), replicas)
+    fleet = factory.open_fleet(args, folder.path / "sglang")
+    return factory.open_engine(args, fleet, factory.open_weight_sync(args, chunks, fleet), replicas)
 
 
 def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) -> MetricWriter:
@@ -160,7 +180,7 @@ def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) 
 
 
 @contextlib.contextmanager
-def _megatron_log(path: Path) -> Iterator[None]:
+def megatron_log(path: Path) -> Iterator[None]:
     """Megatron prints a thousand lines as it starts; they belong into a file, not between the run's own lines.
 
     What it logs, and every Python warning, goes there for the whole run; errors to stderr as well.

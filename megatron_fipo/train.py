@@ -53,6 +53,8 @@ def train(run: Session, args: argparse.Namespace) -> None:
             run.interruption.check()
             with run.timer("rollout"):
                 rollout = next_rollout(run, args, step, state.contrast_rate)
+                if args.reward_overlong_filter:
+                    rollout = rollout.without_truncated()
         except (OutOfContrast, Interrupted) as error:
             stopped = error
             break
@@ -91,8 +93,6 @@ def train(run: Session, args: argparse.Namespace) -> None:
         save_hf(run.policy.chunks, args.hf_model, args.save_hf)
     status = "interrupted" if interrupted else "out of contrast" if stopped else "finished"
     run.recorder.finish(state.step, args.seed, evaluation, status)
-    if interrupted:
-        run.console.note(f"interrupted by a signal; the same command goes on from step {state.step}")
     if stopped:
         raise stopped
 
@@ -154,13 +154,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
         run = open_session(args, inputs)
         run.console.banner(banner(args) | {"prompts": str(inputs)})
-        if args.rollout_only:
-            write_rollouts(run, args)
-        else:
-            train(run, args)
+        try:
+            if args.rollout_only:
+                write_rollouts(run, args)
+            else:
+                train(run, args)
+        except Interrupted:
+            run.console.note("stopped by a signal; what was finished is saved")
         run.engine.close()
-        dist.destroy_process_group()
-    except Interrupted:
         dist.destroy_process_group()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a node finds the same mistake

@@ -2,12 +2,15 @@
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
+from megatron_fipo.rewards.functions import parse_terms
 from megatron_fipo.settings import correction_config, loss_config
 
 _REFUSED = {
@@ -82,26 +85,47 @@ def check_command_line(argv: Sequence[str]) -> None:
                 raise UserError(f"{flag} is not used here: {instead}")
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check parsed arguments. Raises UserError naming the flag, the value seen and the fix."""
+def check(args: argparse.Namespace, *, training: bool = True) -> None:
+    """Check parsed arguments, without ``training`` those of an evaluation.
+
+    Raises UserError naming the flag, the value seen and the fix.
+    """
     for name in _POSITIVE:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must not be negative")
-    _check_batch(args)
+    if training:
+        _check_batch(args)
     _check_algorithm(args)
     _check_parallel(args)
     _check_engine(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
     if not args.hf_model:
-        raise UserError("--hf-model is missing: give the Hugging Face folder of the model to train")
-    if not args.prompt_data and not args.train_from_rollouts:
-        raise UserError("--prompt-data is missing: give at least one JSONL file of prompts")
+        raise UserError("--hf-model is missing: give the Hugging Face folder of the model")
+    if not training and not args.eval_data:
+        raise UserError("--eval-data is missing: give at least one set, for example aime24:aime24.jsonl:32")
+    if training and not args.prompt_data and not args.train_from_rollouts:
+        raise UserError("--prompt-data is missing: give at least one file of prompts")
+    _check_prompts(args)
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
     _check_save_hf(args)
+
+
+def _check_prompts(args: argparse.Namespace) -> None:
+    if args.problem_template not in TEMPLATES and "{problem}" not in args.problem_template:
+        raise UserError(
+            f"--problem-template {args.problem_template!r} is none of {', '.join(TEMPLATES)}; a text needs {{problem}}"
+        )
+    weights, paths = args.prompt_weights, args.prompt_data or []
+    if weights and len(weights) != len(paths):
+        raise UserError(
+            f"--prompt-weights has {len(weights)} values for {len(paths)} --prompt-data paths; give one each"
+        )
+    if weights and not (all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0):
+        raise UserError(f"--prompt-weights {weights} must be 0 or more, and one of them positive")
 
 
 def parse_eval_data(spec: str) -> tuple[str, str, int]:
@@ -189,6 +213,9 @@ def _check_algorithm(args: argparse.Namespace) -> None:
         )
     if not 0 < args.eval_top_p <= 1:
         raise UserError(f"--eval-top-p {args.eval_top_p} must be in (0, 1]")
+    if not args.reward_timeout > 0:
+        raise UserError(f"--reward-timeout {args.reward_timeout} must be positive")
+    parse_terms(args.reward_function)
     if not 0 <= args.reward_overlong_buffer < args.rollout_max_tokens:
         raise UserError(
             f"--reward-overlong-buffer {args.reward_overlong_buffer} must be less than "

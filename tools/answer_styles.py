@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from megatron_fipo.data.prompts import Prompt, read_prompts
-from megatron_fipo.rewards import verify
+from megatron_fipo.rewards.response import Response
+from megatron_fipo.rewards.verify import score
 
 MAX_TOKENS = 64
 
@@ -43,7 +44,7 @@ def answer_styles(
         )
         for prompt, tokens in zip(batch, out_BL[:, length:], strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            right.append(verify(prompt, text).correct)
+            right.append(score(Response("", text, prompt.answer, prompt.source, prompt.metadata)) >= 1.0)
             worked.append("=" in text)
             lengths.append(int((tokens != tokenizer.pad_token_id).sum()))
     right_worked = sum(r and w for r, w in zip(right, worked, strict=True))

@@ -34,7 +34,7 @@ from megatron_fipo.rollout.sglang.servers import StartSettings, start_servers
 from megatron_fipo.rollout.sglang.update_group import UpdateGroup
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
-BUCKET_MB = 16  # the default without GPUs
+BUCKET_MB = 64  # the default without GPUs
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",

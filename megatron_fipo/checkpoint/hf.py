@@ -1,7 +1,6 @@
 """Streams weights between Hugging Face tensors and the Megatron model, one parameter at a time, for every layout."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,18 +9,9 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
-from megatron_fipo.checkpoint.hf_files import HFWeights
+from megatron_fipo.checkpoint.hf_files import HFTensor, HFWeights
 from megatron_fipo.checkpoint.hf_map import WeightMap, expert_of, for_expert, global_name
 from megatron_fipo.model.hf_config import read_hf_config
-
-
-@dataclass(frozen=True)
-class HFTensor:
-    """What the stream of :func:`export_hf_weights` will bring."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @torch.no_grad()

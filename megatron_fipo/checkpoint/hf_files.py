@@ -1,6 +1,7 @@
 """Hugging Face folders on disk: tensors by name, and their check against a model's weight map."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import weight_files
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """One tensor of a folder or a stream."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class HFWeights:
@@ -46,7 +56,7 @@ class HFWeights:
         """Raises UserError: the tensor has NaNs or infinities."""
         path, handle = self._files[name]
         tensor = handle.get_tensor(name)
-        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        if not is_finite(tensor):
             raise UserError(f"{path} has NaN or infinite values in {name}: download the model again.")
         return tensor
 
@@ -58,10 +68,10 @@ class HFWeights:
         if weight_map.tied:
             ignored.add("lm_head.weight")
         if missing := [name for name in wanted if name not in present]:
-            raise UserError(f"{self.folder} lacks {_some(missing)}: download the model's safetensors files again.")
+            raise UserError(f"{self.folder} lacks {some(missing)}: download the model's safetensors files again.")
         if extra := sorted(present - wanted.keys() - ignored):
             raise UserError(
-                f"{self.folder} has {_some(extra)}, which its config.json does not account for: check config.json."
+                f"{self.folder} has {some(extra)}, which its config.json does not account for: check config.json."
             )
         for name in wanted:
             if self.shape(name) != weight_map.hf_shape(name):
@@ -73,6 +83,12 @@ class HFWeights:
                 raise UserError(f"{self.folder} has {name} in a quantised dtype: use the unquantised model.")
 
 
-def _some(names: Sequence[str]) -> str:
+def is_finite(tensor: Tensor) -> bool:
+    """True if there is no NaN and no infinity, found in one pass without a temporary."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, for an error message."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"

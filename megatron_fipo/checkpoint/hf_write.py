@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.checkpoint.hf import HFTensor, export_hf_weights, hf_layout
-from megatron_fipo.checkpoint.hf_files import DTYPES, HFWeights
+from megatron_fipo.checkpoint.hf import export_hf_weights, hf_layout
+from megatron_fipo.checkpoint.hf_files import DTYPES, HFTensor, HFWeights
 from megatron_fipo.model.hf_config import read_hf_config
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -67,20 +68,42 @@ def write_hf_folder(
     partial, replaced = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
     for folder in (partial, replaced):
         shutil.rmtree(folder, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        copy_side_files(source, partial, dtype)
+        _write_shards(iter(tensors), layout, partial)
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def copy_side_files(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy config, tokenizer, generation settings, chat template - all but weights - into a new folder.
+
+    Args:
+        dtype: written into config.json; None: the configuration stays as it is.
+    """
+    folder.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file() and not _WEIGHTS.fullmatch(file.name):
-            shutil.copy(file, partial)
-    if dtype is not None:
-        config = json.loads((partial / "config.json").read_text())
+            shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text())
+    named = config.get("dtype", config.get("torch_dtype"))
+    if dtype is not None and named != str(dtype).removeprefix("torch."):
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _write_shards(iter(tensors), layout, partial)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_ahead(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same stream; the next tensor is read while the caller works on one. Not for a stream of collectives."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(next, tensors, None)
+        while (item := pending.result()) is not None:
+            pending = reader.submit(next, tensors, None)
+            yield item
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], layout: Sequence[HFTensor], folder: Path) -> None:

@@ -31,7 +31,7 @@ def record_files(folder: Path, rank: int) -> dict[str, FileRecord]:
     records = {}
     for path in folder.iterdir():
         owner = re.match(r"__(\d+)_", path.name)  # torch.distributed.checkpoint's name for a rank's file
-        if rank == (int(owner[1]) if owner else 0):
+        if path.is_file() and rank == (int(owner[1]) if owner else 0):
             _sync(path)
             records[path.name] = FileRecord(path.stat().st_size, _crc32(path))
     return records

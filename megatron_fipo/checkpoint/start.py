@@ -23,9 +23,7 @@ class Start:
     note: str | None = None
 
 
-def find_start(
-    run: RunFolder, load: str | None, *, finetune: bool, command_line: Sequence[str], num_steps: int, saves: bool
-) -> Start:
+def find_start(run: RunFolder, load: str | None, *, finetune: bool, command_line: Sequence[str], saves: bool) -> Start:
     """Decide from what the run's folder holds; nothing is changed.
 
     Args:
@@ -42,16 +40,16 @@ def find_start(
         return Start(load, finetune)
 
     given = load is not None and not finetune and Path(load).resolve() == run.checkpoints.resolve()
-    if not given and not _is_same(_recorded(run, run.arguments).get("command_line"), command_line):
+    if not given and not _is_same(_recorded(run.arguments).get("command_line"), command_line):
         raise UserError(
             f"{run.path} already holds a run, started by another command; continue it with --load {run.checkpoints}, "
             f"choose another --run-name, or remove the folder"
         )
-    summary = _recorded(run, run.summary)
-    if summary.get("status") == "finished" and summary["steps"] >= num_steps:
+    summary = _recorded(run.summary)
+    if not given and summary.get("status") == "finished":
         raise UserError(
-            f"{run.path} already holds a run, finished after {summary['steps']} steps; add --load {run.checkpoints} "
-            f"and raise --num-steps {num_steps} to continue it, or choose another --run-name"
+            f"{run.path} already holds a run, finished after {summary.get('steps')} steps; to continue it add --load "
+            f"{run.checkpoints} and raise --num-steps, or choose another --run-name"
         )
     steps = saved_steps(run.checkpoints)
     if steps or given:
@@ -70,7 +68,7 @@ def find_start(
     return Start(load, finetune, note)
 
 
-def _recorded(run: RunFolder, path: Path) -> dict:
+def _recorded(path: Path) -> dict:
     """A JSON file of the run; empty if it was not written, or is not readable."""
     try:
         value = json.loads(path.read_text())

@@ -52,7 +52,7 @@ class LoopState:
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved, pruned, and loaded again. Every method is collective over all ranks."""
+    """The checkpoints of one run: saved, pruned, and loaded again. Methods are collective over all ranks."""
 
     def __init__(
         self,
@@ -77,6 +77,10 @@ class Checkpoints:
         self._pending: LoopState | None = None  # its asynchronous save is under way
         self._records: Future[dict[str, FileRecord]] | None = None  # of the pending save, once it is written
         self._thread = ThreadPoolExecutor(1, "checksums")
+
+    def are_in(self, folder: str) -> bool:
+        """Whether ``folder`` is where this run's checkpoints go."""
+        return self._folder.resolve() == Path(folder).resolve()
 
     def save(self, state: LoopState) -> None:
         """Write a checkpoint of ``state.step``; with ``--async-save`` only start to, see :meth:`poll`.
@@ -127,7 +131,8 @@ class Checkpoints:
         if _has_manifests(folder):
             self._args.ckpt_step = self._newest_whole(folder)
         checkpointing.load_checkpoint(self._model, None, None)
-        self._optimizer.reload_model_params()  # fp32 main copies, where there are any
+        if self._optimizer is not None:  # an evaluation has none
+            self._optimizer.reload_model_params()  # fp32 main copies, where there are any
 
     def _newest_whole(self, folder: Path) -> int:
         damages = []
@@ -238,9 +243,10 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(_step_of(path) for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name))
 
 
-def whole_checkpoints(folder: Path) -> list[int]:
+def whole_checkpoints(folder: str | Path) -> list[int]:
     """Steps whose checkpoint has all its files in full length, oldest first; contents are looked at when loading."""
-    return [step for step in saved_steps(folder) if find_damage(_folder_of(folder, step), contents=False) is None]
+    path = Path(folder)
+    return [step for step in saved_steps(path) if find_damage(_folder_of(path, step), contents=False) is None]
 
 
 def _has_manifests(folder: Path) -> bool:

@@ -1,15 +1,15 @@
 """Prompts: reading, checking, and the endless shuffled stream that training draws from."""
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_fipo.data.layouts import KNOWN_KEYS, Encode, Keys, Messages, has_key, parse_row
+from megatron_fipo.data.sources import decode, find_files, read_rows, source_name
 from megatron_fipo.errors import UserError
 
 
@@ -17,7 +17,8 @@ from megatron_fipo.errors import UserError
 class Prompt:
     """A tokenised question with what its verifier needs.
 
-    ``id`` is the row's number over all files, ``source`` selects the verifier, ``metadata`` goes to it untouched.
+    ``id`` is the row's number over all files, ``source`` selects the verifier, ``metadata`` goes to it untouched,
+    ``part`` is the number of the path that it was read from.
     """
 
     id: int
@@ -25,49 +26,49 @@ class Prompt:
     answer: str
     source: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    part: int = 0
 
 
-def read_prompts(paths: Sequence[str], encode: Callable[[str], list[int]]) -> list[Prompt]:
-    """Read JSONL files with rows ``{"prompt", "answer", "source", "metadata"}``.
+Resolve = Callable[[str, str], str]
+"""(source, file and row) -> the source whose verifier judges the row; raises UserError if there is none."""
 
-    Raises UserError naming file and row for anything that is not such a row.
+
+def read_prompts(
+    paths: Sequence[str],
+    encode: Encode,
+    keys: Keys = KNOWN_KEYS,
+    resolve: Resolve = lambda source, where: source,
+) -> list[Prompt]:
+    """Read files, folders or Hub datasets (sources.py) of any known layout (layouts.py).
+
+    A row without a source has its file's name for one.
+    Raises UserError naming file and row for anything that is no such row, and for a key that no row has.
     """
     prompts: list[Prompt] = []
-    for path in paths:
-        for where, row in _rows(path):
-            for key in ("prompt", "answer", "source"):
-                if not isinstance(row.get(key), str) or not row[key].strip():
-                    raise UserError(
-                        f"{where}: the field '{key}' is missing, empty or not a string (seen: {row.get(key)!r}); "
-                        f'each row needs {{"prompt": ..., "answer": ..., "source": ...}}'
-                    )
-            metadata = row.get("metadata", {})
-            if not isinstance(metadata, dict):
-                raise UserError(
-                    f"{where}: 'metadata' is a {type(metadata).__name__}; make it an object or leave it out"
+    encoded: dict[str | Messages, tuple[int, ...]] = {}  # published data repeats prompts a hundred times
+    unseen = {flag: key for flag, key in (("--prompt-key", keys.prompt), ("--answer-key", keys.answer)) if key}
+    for part, spec in enumerate(paths):
+        for where, raw in (row for path in find_files(spec) for row in read_rows(path)):
+            row = decode(where, raw)
+            question = parse_row(where, row, keys, default_source=source_name(spec))
+            unseen = {flag: key for flag, key in unseen.items() if not has_key(row, key)}
+            if question.prompt not in encoded:
+                encoded[question.prompt] = tuple(encode(question.prompt))
+            prompts.append(
+                Prompt(
+                    id=len(prompts),
+                    tokens=encoded[question.prompt],
+                    answer=question.answer,
+                    source=resolve(question.source, where),
+                    metadata=question.metadata,
+                    part=part,
                 )
-            tokens = tuple(encode(row["prompt"]))
-            prompts.append(Prompt(len(prompts), tokens, row["answer"], row["source"], metadata))
+            )
     if not prompts:
         raise UserError(f"no prompt in {', '.join(paths)}: give at least one row")
+    for flag, key in unseen.items():
+        raise UserError(f"{flag} {key!r} is in no row of {', '.join(paths)}; check its spelling")
     return prompts
-
-
-def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not Path(path).is_file():
-        raise UserError(f"prompt file {path} does not exist; give an existing JSONL file")
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, row {number}"
-            try:
-                row = json.loads(line)  # UTF-8, as JSON asks
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{where}: not JSON ({error}); write one JSON object per line") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: a JSON {type(row).__name__}; write one JSON object per line")
-            yield where, row
 
 
 def drop_long(prompts: Sequence[Prompt], max_tokens: int) -> list[Prompt]:
@@ -81,16 +82,26 @@ def drop_long(prompts: Sequence[Prompt], max_tokens: int) -> list[Prompt]:
     return kept
 
 
+def count_duplicates(prompts: Sequence[Prompt]) -> int:
+    """Prompts whose tokens an earlier one has."""
+    return len(prompts) - len({prompt.tokens for prompt in prompts})
+
+
 class PromptStream:
     """Every prompt once per epoch, each epoch in an order of its own that only the seed and the epoch decide.
+
+    With ``weights``, one for each part, an epoch has as many prompts, but each part has its weight's share of them, in
+    its own order, which goes on from epoch to epoch.
 
     ``cursor`` counts the prompts handed out since training began; it is the whole state of the stream.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: int = 0):
+    def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: int = 0, weights: Sequence[float] = ()):
         self.prompts = prompts
         self.seed = seed
         self.cursor = cursor
+        self._weights = tuple(weights)
+        self._parts = [np.flatnonzero([p.part == part for p in prompts]) for part in range(len(weights))]
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     @property
@@ -99,13 +110,39 @@ class PromptStream:
         digest = hashlib.sha256(str(self.seed).encode())
         for prompt in self.prompts:
             digest.update(repr((prompt.tokens, prompt.answer, prompt.source)).encode())
+        if self._weights:
+            digest.update(repr((self._weights, [len(part) for part in self._parts])).encode())
         return digest.hexdigest()[:16]
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+        """The places of the epoch's prompts, int64 [prompts]."""
+        random = np.random.default_rng([self.seed, epoch])
+        if not self._weights:
+            return random.permutation(len(self.prompts))
+        quotas = _quotas(len(self.prompts), self._weights)
+        drawn = [self._drawn(part, epoch * quota, quota) for part, quota in enumerate(quotas)]
+        return random.permutation(np.concatenate(drawn))
+
+    def _drawn(self, part: int, start: int, count: int) -> np.ndarray:
+        """Places ``start`` to ``start + count`` of a part's own endless order."""
+        members, slices = self._parts[part], []
+        while count:
+            round_, offset = divmod(start, len(members))
+            order = members[np.random.default_rng([self.seed, part, round_]).permutation(len(members))]
+            slices.append(order[offset : offset + count])
+            start, count = start + len(slices[-1]), count - len(slices[-1])
+        return np.concatenate(slices or [members[:0]])
 
     def take(self, count: int) -> list[tuple[int, Prompt]]:
         """The next ``count`` prompts as (visit, prompt); a visit's number is never given twice."""
         visits = range(self.cursor, self.cursor + count)
         self.cursor += count
         return [(v, self.prompts[self._order(v // len(self.prompts))[v % len(self.prompts)]]) for v in visits]
+
+
+def _quotas(total: int, weights: Sequence[float]) -> list[int]:
+    """``total`` shared out by weight, rounded by largest remainder."""
+    exact = np.array(weights) / sum(weights) * total
+    quotas = np.floor(exact).astype(int)
+    quotas[np.argsort(quotas - exact, kind="stable")[: total - quotas.sum()]] += 1
+    return quotas.tolist()

@@ -1,15 +1,21 @@
-"""avg@k: the mean accuracy of k sampled responses per held-out prompt, shared out over the replicas."""
+"""avg@k, pass@k and cons@k on held-out prompts, shared out over the replicas."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_fipo.data.prompts import Prompt
+from megatron_fipo.evaluation.estimators import summarize
+from megatron_fipo.evaluation.voting import consensus
 from megatron_fipo.observe.console import Console
+from megatron_fipo.parallel.exchange import gather_rows
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.answers import Answers
+from megatron_fipo.rewards.response import Verdict
 from megatron_fipo.rollout.engine import ProgressCallback, RolloutEngine, SamplingParams
 from megatron_fipo.rollout.seeds import completion_seed
 
@@ -25,10 +31,19 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``metrics`` over all replicas under "eval/NAME/...", and a few of this replica's responses."""
+    """``metrics`` over all replicas under "eval/NAME/...", and responses of this replica's prompts by set."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    examples: tuple[dict[str, Any], ...] = ()
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """The first response to a few prompts of each set."""
+        return [r for records in self.records.values() for r in [r for r in records if r["sample"] == 0][:_EXAMPLES]]
+
+
+_EXAMPLES = 4
+_COLUMNS = 5  # correct, tokens, truncated, failed, majority (of the prompt)
 
 
 def evaluate_sets(
@@ -39,14 +54,12 @@ def evaluate_sets(
     replicas: Replicas,
     seed: int,
     console: Console,
-    examples: int = 4,
 ) -> Evaluation:
     """Sampled and greedy accuracy of every set; collective over the replicas.
 
     Seeds depend on the run, the set and the prompt only, so the evaluations of a run are comparable.
     """
-    metrics: dict[str, float] = {}
-    shown: list[dict[str, Any]] = []
+    evaluation = Evaluation()
     for evaluation_set in sets:
         prefix = f"eval/{evaluation_set.name}/"
         responses = len(evaluation_set.prompts) * (evaluation_set.samples + 1)
@@ -60,10 +73,25 @@ def evaluate_sets(
             greedy, _ = _evaluate(
                 engine, greedy_set, replace(sampling, temperature=0.0), answers, replicas, seed, advance
             )
-        metrics |= {prefix + key: value for key, value in sampled.items()}
-        metrics[f"{prefix}greedy_accuracy"] = greedy["accuracy"]
-        shown += records[:examples]
-    return Evaluation(metrics, tuple(shown))
+        evaluation.metrics.update({prefix + key: value for key, value in sampled.items()})
+        evaluation.metrics[f"{prefix}greedy_accuracy"] = greedy["accuracy"]
+        evaluation.records[evaluation_set.name] = records
+    return evaluation
+
+
+def _judge(
+    answers: Answers, responses: Sequence[tuple[Prompt, Sequence[int]]], samples: int
+) -> tuple[list[Verdict], list[str | None], list[float]]:
+    """Of each response the verdict and the final answer; of each prompt whether most of its ``samples`` are right."""
+    verdicts = answers.verify(responses)
+    finals = [answers.final_answer(prompt, tokens) for prompt, tokens in responses]
+    groups = [slice(start, start + samples) for start in range(0, len(responses), samples)]
+    majorities = consensus(
+        [finals[group] for group in groups],
+        [[verdict.correct for verdict in verdicts[group]] for group in groups],
+        lambda pairs: answers.equal([(responses[i * samples][0], a, b) for i, a, b in pairs]),
+    )
+    return verdicts, finals, majorities
 
 
 def _evaluate(
@@ -75,32 +103,35 @@ def _evaluate(
     seed: int,
     on_finished: ProgressCallback,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    count, samples = len(evaluation_set.prompts), evaluation_set.samples
     mine = list(enumerate(evaluation_set.prompts))[replicas.rank :: replicas.size]
-    requests = [(number, prompt, k) for number, prompt in mine for k in range(evaluation_set.samples)]
+    requests = [(number, prompt, k) for number, prompt in mine for k in range(samples)]
     completions = engine.generate(
         [prompt.tokens for _, prompt, _ in requests],
         [completion_seed(seed, evaluation_set.name, number, k) for number, _, k in requests],
         sampling,
         on_finished,
     )
-    correct = [answers.verify(prompt, c.tokens)[0] for (_, prompt, _), c in zip(requests, completions, strict=True)]
-    sums = [
-        sum(correct),
-        sum(len(c.tokens) for c in completions),
-        sum(c.finish_reason == "length" for c in completions),
-        len(completions),
-    ]
-    right, tokens, truncated, count = replicas.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
-    metrics = {
-        "accuracy": right / count,
-        "length_mean": tokens / count,
-        "truncated_fraction": truncated / count,
-        "n": len(evaluation_set.prompts),
-        "responses": int(count),
-    }
+    responses = [(prompt, c.tokens) for (_, prompt, _), c in zip(requests, completions, strict=True)]
+    verdicts, finals, majorities = replicas.from_leader(lambda: _judge(answers, responses, samples))
+    rows = torch.zeros(math.ceil(count / replicas.size), samples, _COLUMNS, dtype=torch.float64)
+    for i, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True)):
+        truncated, failed = completion.finish_reason == "length", verdict.error is not None
+        numbers = [verdict.correct, len(completion.tokens), truncated, failed, majorities[i // samples]]
+        rows[i // samples, i % samples] = torch.tensor(numbers, dtype=torch.float64)
+    gathered = gather_rows(rows.to(replicas.device), replicas.group).cpu().unflatten(0, (replicas.size, len(rows)))
+    table = gathered.transpose(0, 1).flatten(0, 1)[:count].numpy()  # replica r had every size-th prompt from r on
+    metrics = summarize(
+        table[..., 0].astype(bool),
+        table[..., 1].astype(np.int64),
+        table[..., 2].astype(bool),
+        table[..., 3].astype(bool),
+        table[:, 0, 4],
+    )
     records = [
-        answers.record(prompt, completion.tokens, verdict)
-        for (_, prompt, k), completion, verdict in zip(requests, completions, correct, strict=True)
-        if k == 0
+        answers.record(prompt, completion.tokens, verdict.correct)
+        | {"number": number, "sample": k, "final_answer": final, "tokens": len(completion.tokens)}
+        | {"truncated": completion.finish_reason == "length", "error": verdict.error}
+        for (number, prompt, k), completion, verdict, final in zip(requests, completions, verdicts, finals, strict=True)
     ]
     return metrics, records

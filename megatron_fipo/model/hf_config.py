@@ -27,7 +27,7 @@ def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: --hf-model wants a Hugging Face model folder with a config.json.")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): download the model again.") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a {type(config).__name__}, not an object: download the model again.")
@@ -60,15 +60,18 @@ def weight_files(hf_dir: str | Path) -> list[Path]:
     for file in files:
         try:
             safe_open(file, framework="pt").keys()
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is no complete safetensors file ({error}): download it again.") from error
     return files
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        found = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(name, str) and name == Path(name).name for name in found.values()):
+            raise TypeError("weight_map must name files of the folder")
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is no safetensors index ({error!r}): download it again.") from error
 
 
@@ -80,13 +83,18 @@ def megatron_arguments(hf_dir: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the folder is incomplete, or the model uses something that we do not support.
     """
-    config = read_hf_config(hf_dir)
+    arguments = architecture(hf_dir)
     weight_files(hf_dir)
     if not any((Path(hf_dir) / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"{hf_dir} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)}): download the model's tokenizer files."
         )
-    path = Path(hf_dir) / "config.json"
+    return arguments
+
+
+def architecture(hf_dir: str | Path) -> dict[str, Any]:
+    """The same from config.json alone. Raises UserError, too."""
+    config, path = read_hf_config(hf_dir), Path(hf_dir) / "config.json"
     _refuse_unsupported(config, path)
     try:
         heads = config["num_attention_heads"]

@@ -5,7 +5,7 @@ import math
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal
 
 
-def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
+def wilson_interval(accuracy: float, n: float) -> tuple[float, float]:
     """95 % confidence interval of a fraction measured on `n` independent answers (Wilson's score interval).
 
     Unlike the normal approximation it stays inside [0, 1] and is right near 0 and 1, where a base model starts.

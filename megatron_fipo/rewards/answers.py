@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo.data.prompts import Prompt
-from megatron_fipo.rewards.verify import verify
+from megatron_fipo.rewards.pool import RewardPool
+from megatron_fipo.rewards.response import Response, Verdict
+from megatron_fipo.rewards.verify import RULES, answer_of, rule_of
 
 
 @dataclass(frozen=True)
@@ -15,18 +18,44 @@ class Answers:
 
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
+    pool: RewardPool
 
     def text(self, tokens: Sequence[int]) -> str:
         """The response as its verifier sees it: special tokens kept (tags may be among them), the stop token cut."""
-        stopped = len(tokens) > 0 and tokens[-1] in self.stop_token_ids
-        return self.tokenizer.decode(tokens[: len(tokens) - stopped], skip_special_tokens=False)
+        return self.tokenizer.decode(tokens[: len(tokens) - self._stopped(tokens)], skip_special_tokens=False)
 
-    def verify(self, prompt: Prompt, tokens: Sequence[int]) -> tuple[bool, bool]:
-        """(correct, the verifier failed)."""
-        verdict = verify(prompt, self.text(tokens))
-        return verdict.correct, verdict.error is not None
+    def verify(self, responses: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Verdict]:
+        """Judge (prompt, response tokens) pairs; neighbours with the same prompt form a group."""
+        groups: list[int] = []
+        for i, (prompt, _) in enumerate(responses):
+            same = i > 0 and prompt is responses[i - 1][0]
+            groups.append(groups[-1] if same else len(groups))
+        texts = [
+            Response(
+                prompt=self.text(prompt.tokens),
+                text=self.text(tokens),
+                answer=prompt.answer,
+                source=prompt.source,
+                metadata=prompt.metadata,
+                truncated=not self._stopped(tokens),
+            )
+            for prompt, tokens in responses
+        ]
+        return self.pool.score(texts, groups)
 
-    def record(self, prompt: Prompt, response: Sequence[int], correct: bool) -> dict[str, str | bool]:
+    def final_answer(self, prompt: Prompt, tokens: Sequence[int]) -> str | None:
+        """What the response's verifier takes for its final answer."""
+        return answer_of(prompt.source, self.text(tokens))
+
+    def equal(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:
+        """Are two final answers to a prompt of mathematics equal? For other prompts, of other text, they are not."""
+        equal = [False] * len(pairs)
+        mathematical = [i for i, (prompt, _, _) in enumerate(pairs) if rule_of(prompt.source) in RULES]
+        for i, same in zip(mathematical, self.pool.equal([pairs[i][1:] for i in mathematical]), strict=True):
+            equal[i] = same
+        return equal
+
+    def record(self, prompt: Prompt, response: Sequence[int], correct: bool) -> dict[str, Any]:
         """A response as samples.jsonl holds it."""
         return {
             "prompt": self.text(prompt.tokens),
@@ -34,3 +63,6 @@ class Answers:
             "answer": prompt.answer,
             "correct": correct,
         }
+
+    def _stopped(self, tokens: Sequence[int]) -> bool:
+        return len(tokens) > 0 and tokens[-1] in self.stop_token_ids

@@ -1,61 +1,92 @@
-"""Is a response right? The prompt's ``source`` names the verifier: ``reasoning_gym/<task>``.
+"""Is a response right? The prompt's ``source`` names the rule.
 
 Rewards are binary here, as in DAPO and FIPO. Many scorers give partial credit, often for an answer that merely contains
 the right one (chain_sum gives 18 half the credit where 8 is right). Counted as reward it would make contrast between
 responses that are all wrong, and dynamic sampling would keep their groups. So only full credit is correct.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import cache
 
-from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.errors import UserError
-from megatron_fipo.rewards import reasoning_gym
+from megatron_fipo.rewards import dapo, equivalence, reasoning_gym
+from megatron_fipo.rewards.final_answer import final_answer
+from megatron_fipo.rewards.response import Response
 
 _REASONING_GYM = "reasoning_gym/"
 
+RULES: dict[str, Callable[[str, str], float]] = {"dapo": dapo.score, "math_verify": equivalence.score}
+"""Rules for mathematics: (response, reference answer) -> 1.0 or 0.0."""
 
-@dataclass(frozen=True)
-class Verdict:
-    """`error` says how the scorer failed on this response (then not correct); None if it did not."""
+# Whose answers are integers first: there DAPO's rule and equivalence agree, and DAPO's is what the paper reports.
+_SOURCES = (
+    ("dapo", re.compile(r"dapo|(?<![a-z])aime")),
+    ("math_verify", re.compile(r"math|gsm8k|(?<![a-z])amc|minerva|olympiad")),
+)
 
-    correct: bool
-    error: str | None = None
+
+@cache
+def rule_of(source: str) -> str | None:
+    """ "dapo", "math_verify", "reasoning_gym", or None if ``source`` has no verifier."""
+    if source.startswith(_REASONING_GYM):
+        return "reasoning_gym" if source.removeprefix(_REASONING_GYM) in reasoning_gym.tasks() else None
+    name = source.lower()
+    return next((rule for rule, pattern in _SOURCES if pattern.search(name)), None)
 
 
-def verify(prompt: Prompt, text: str) -> Verdict:
-    """Judge the response `text` to `prompt`.
+def score(response: Response) -> float:
+    """Judge a response: 1.0 is correct, everything below is not.
 
-    Correct is: the last ``<answer>...</answer>``, stripped, gets full credit. A response without an answer is not
-    correct. A scorer that raises makes a Verdict with `error`, for the caller to count: responses are
-    arbitrary text, and one malformed answer must not end a run.
+    May raise anything: responses are arbitrary text, and scorers were not made for it.
 
     Raises:
-        UserError: `prompt.source` has no verifier.
+        UserError: ``response.source`` has no verifier.
     """
-    check_source(prompt.source, prompt.id)
-    answer = reasoning_gym.extract_answer(text)
+    rule = rule_of(response.source)
+    if rule in RULES:
+        return RULES[rule](response.text, response.answer)
+    resolve_source(response.source)
+    answer = reasoning_gym.extract_answer(response.text)
     if answer is None:
-        return Verdict(False)
-    scorer = reasoning_gym.scorer(prompt.source.removeprefix(_REASONING_GYM))
-    try:
-        return Verdict(bool(scorer(answer, {"answer": prompt.answer, "metadata": prompt.metadata}) >= 1.0))
-    except Exception as error:  # whatever a scorer raises on arbitrary text
-        return Verdict(False, f"{prompt.source}: {type(error).__name__}: {error}")
+        return 0.0
+    scorer = reasoning_gym.scorer(response.source.removeprefix(_REASONING_GYM))
+    return float(scorer(answer, {"answer": response.answer, "metadata": response.metadata}))
 
 
-def check_source(source: str, row: int | None = None) -> None:
-    """Check that `source` has a verifier; `row` (a Prompt's id) goes into the message.
+def answer_of(source: str, text: str) -> str | None:
+    """The final answer that the source's verifier sees in a response."""
+    rule = rule_of(source)
+    if rule == "reasoning_gym":
+        return reasoning_gym.extract_answer(text)
+    return dapo.final_answer(text) if rule == "dapo" else final_answer(text)
+
+
+def load(source: str) -> None:
+    """Import what judging ``source`` needs, once."""
+    rule = rule_of(source)
+    if rule == "math_verify":
+        equivalence.load()
+    elif rule == "reasoning_gym":
+        reasoning_gym.scorer(source.removeprefix(_REASONING_GYM))
+
+
+def resolve_source(source: str, where: str = "prompt data", default_rule: str | None = None) -> str:
+    """``source`` if it has a verifier, else ``default_rule``; ``where`` goes into the message.
 
     Raises:
-        UserError: it has none.
+        UserError: there is neither.
     """
-    if source.startswith(_REASONING_GYM) and source.removeprefix(_REASONING_GYM) in reasoning_gym.tasks():
-        return
+    if rule_of(source) is not None:
+        return source
+    if default_rule is not None:
+        return default_rule
     known = [_REASONING_GYM + task for task in reasoning_gym.tasks()]
     nearest = get_close_matches(source, known, n=1)
     raise UserError(
-        f"{'prompt data' if row is None else f'prompt row {row}'}: no verifier for the source {source!r}; "
+        f"{where}: no verifier for the source {source!r}; "
         + (f"did you mean {nearest[0]!r}? " if nearest else "")
-        + f"use one of {', '.join(known)}."
+        + "known are math_dapo, aime24, amc23, MATH-500, gsm8k, minerva and the like, and reasoning_gym/TASK; choose "
+        "one for such rows with --reward-default-rule dapo or math_verify, or score them with --reward-function"
     )

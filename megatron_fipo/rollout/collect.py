@@ -18,12 +18,13 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.loss.advantage import overlong_penalty
 from megatron_fipo.parallel.exchange import gather_rows
 from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rewards.response import Verdict
 from megatron_fipo.rollout.engine import Completion, Generates, SamplingParams
 from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout, has_contrast
 from megatron_fipo.rollout.seeds import completion_seed
 
-Verify = Callable[[Prompt, Sequence[int]], tuple[bool, bool]]
-"""(prompt, response tokens) -> (correct, the verifier failed)."""
+Verify = Callable[[Sequence[tuple[Prompt, Sequence[int]]]], list[Verdict]]
+"""A verdict for each (prompt, response tokens)."""
 
 _OVERSAMPLING = 3.0
 """A batch never exceeds this many times the groups still missing (DAPO's gen_batch_size / train_batch_size)."""
@@ -72,7 +73,7 @@ def collect(
     for batch in range(1, settings.max_batches + 1):
         count = groups_to_generate(needed - len(kept), contrast_rate, settings)
         mine = stream.take(count)[replicas.rank :: replicas.size]
-        groups = _generate(engine, mine, verify, settings, version, on_finished)
+        groups = _generate(engine, mine, verify, settings, replicas, version, on_finished)
         own.update((visit, [sample for sample, _ in group]) for (visit, _), group in zip(mine, groups, strict=True))
         tables.append(_gathered(groups, count, settings.group_size, replicas))
 
@@ -111,6 +112,7 @@ def _generate(
     visits: list[tuple[int, Prompt]],
     verify: Verify,
     settings: CollectSettings,
+    replicas: Replicas,
     version: int,
     on_finished: Callable[[int], None],
 ) -> list[list[tuple[Sample, bool]]]:
@@ -123,9 +125,14 @@ def _generate(
         on_finished,
     )
     penalties = _overlong_penalties(completions, settings)
+    # Judged once: a verifier that just meets or misses its timeout would tell the ranks of a replica different things.
+    answers = [(prompt, c.tokens) for (_, prompt, _), c in zip(requests, completions, strict=True)]
+    verdicts = replicas.from_leader(lambda: verify(answers))
     scored = [
-        _scored(visit, prompt, completion, verify, penalty, version)
-        for (visit, prompt, _), completion, penalty in zip(requests, completions, penalties, strict=True)
+        (_sample(visit, prompt, completion, verdict, penalty, version), verdict.error is not None)
+        for (visit, prompt, _), completion, verdict, penalty in zip(
+            requests, completions, verdicts, penalties, strict=True
+        )
     ]
     return [scored[k : k + settings.group_size] for k in range(0, len(scored), settings.group_size)]
 
@@ -138,12 +145,11 @@ def _overlong_penalties(completions: Sequence[Completion], settings: CollectSett
     return overlong_penalty(lengths, limit, settings.overlong_buffer, settings.overlong_penalty).tolist()
 
 
-def _scored(
-    visit: int, prompt: Prompt, completion: Completion, verify: Verify, penalty: float, version: int
-) -> tuple[Sample, bool]:
-    correct, failed = verify(prompt, completion.tokens)
+def _sample(
+    visit: int, prompt: Prompt, completion: Completion, verdict: Verdict, penalty: float, version: int
+) -> Sample:
     n_prompt, n_response = len(prompt.tokens), len(completion.tokens)
-    sample = Sample(
+    return Sample(
         prompt_id=prompt.id,
         group_id=visit,
         tokens=np.array(prompt.tokens + completion.tokens, dtype=np.int32),
@@ -151,7 +157,6 @@ def _scored(
         rollout_logp=np.concatenate([np.zeros(n_prompt, np.float32), np.array(completion.logp, np.float32)]),
         finish_reason=completion.finish_reason,
         weight_versions=((version, 0, n_response),),
-        reward=(1.0 if correct else -1.0) + penalty,
-        correct=correct,
+        reward=verdict.reward + penalty,
+        correct=verdict.correct,
     )
-    return sample, failed

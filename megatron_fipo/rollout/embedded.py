@@ -15,7 +15,7 @@ from megatron_fipo.rollout.sampling import sample
 
 # Finished rows leave the batch once they are this share of it: moving the cache costs less than a decoding step.
 COMPACT_SHARE = 1 / 16
-POLL_TOKENS = 32
+POLL_TOKENS = 32  # between two looks at whether anybody still wants the completions
 
 
 class EmbeddedEngine:

@@ -16,7 +16,8 @@ class InterruptibleEngine:
 
     def __init__(self, engine: RolloutEngine, interruption: Interruption) -> None:
         self._engine, self._interruption = engine, interruption
-        replica, experts = parallel_state.get_model_parallel_group(), parallel_state.get_expert_model_parallel_group()
+        replica = parallel_state.get_model_parallel_group()
+        experts = parallel_state.get_expert_tensor_and_model_parallel_group()
         # Experts may be spread over replicas, and these over the experts' groups.
         self._in_step = (replica, experts, replica) if experts.size() > 1 else (replica,)
 

@@ -1,9 +1,10 @@
 """The samples of one step: those that are trained on, and the numbers of all that were generated."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class Rollout:
 
     held               this replica's samples, by number
     packed_length_S    int64, positions that each sample takes in a pack
-    response_tokens_S  int64
+    response_tokens_S  int64, those in the loss
     reward_S           fp32
     group_ids_S        int64
     table              fp64 [generated groups, group size, columns], every generated sample
@@ -91,6 +92,18 @@ class Rollout:
             kept=tuple(kept),
             first_visit=first_visit,
             batches=batches,
+        )
+
+    def without_truncated(self) -> "Rollout":
+        """DAPO's overlong filter: responses that ran into the length limit keep their reward and leave the loss."""
+        truncated_S = GeneratedSamples.of(self.table[list(self.kept)]).truncated.bool()
+        return replace(
+            self,
+            held={
+                i: replace(sample, response_mask=np.zeros_like(sample.response_mask)) if truncated_S[i] else sample
+                for i, sample in self.held.items()
+            },
+            response_tokens_S=self.response_tokens_S.masked_fill(truncated_S, 0),
         )
 
     @property

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import LOCAL_FLAGS
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.arguments import parse_args, validate_args
 from safetensors.torch import load_file
 from test_model_logprob import pack, random_sequences
+from tiny_models import LOCAL_FLAGS
 
 from megatron_fipo import compat
 from megatron_fipo.checkpoint.hf import export_hf_weights, global_parameters, hf_layout, load_hf_weights

@@ -12,7 +12,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import LOCAL_FLAGS
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -20,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from megatron.training.arguments import parse_args, validate_args
 from test_model_logprob import pack, random_sequences
+from tiny_models import LOCAL_FLAGS
 
 from megatron_fipo import compat
 from megatron_fipo.checkpoint.hf import export_hf_weights, load_hf_weights

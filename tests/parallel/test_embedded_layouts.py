@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = 22
+CASES = 18
 
 
 def test_every_layout_generates_what_one_process_does(hf_model):

@@ -70,6 +70,11 @@ RESHARDED = {
     "one to CP2": (2, f"--num-steps 2 --load {{runs}}/saver_one/checkpoints {CP} 2"),
     "TP2 to TP2 PP2": (4, f"--num-steps 2 --load {{runs}}/saver_TP2/checkpoints {TP} 2 {SP} {PP} 2"),
 }
+BF16 = {
+    "bf16": (1, "--bf16"),
+    "bf16 TP2 DP2": (4, f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"),
+    "bf16 PP2 CP2": (4, f"--bf16 {PP} 2 {CP} 2"),
+}
 MOE = {
     "one": (1, ""),
     "EP2": (2, f"{EP} 2"),
@@ -104,7 +109,7 @@ def written_rollout(folder: Path, step: int) -> None:
             groups[g].append(sample)
             table[g, i] = torch.tensor(GeneratedSamples.row(sample, False), dtype=torch.float64)
     alone = dist.group.WORLD
-    replicas = Replicas(0, 1, alone, alone, (), torch.device("cpu"), leads=True)
+    replicas = Replicas(0, 1, alone, alone, (), (), torch.device("cpu"), leads=True)
     write_rollout(str(folder), step, Rollout.of(table, range(GROUPS), 0, groups, 1), replicas)
 
 
@@ -161,13 +166,16 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
                 bin_width = 3e-3 if "_p" in key or "median" in key else 0.0
                 assert update[key] == pytest.approx(value, rel=tolerance + bin_width, abs=tolerance), (name, key)
     for weight, value in expected_weights.items():
-        torch.testing.assert_close(weights[weight], value, rtol=0, atol=tolerance, msg=f"{name}: {weight}")
+        # Where a gradient is next to 0, Adam (eps 1e-6, rate 1e-3) makes 2e-5 of a rounding by 2e-8.
+        gap = (weights[weight] - value).abs()
+        off = int((gap > tolerance).sum())
+        assert off <= 1e-3 * gap.numel() and gap.max() <= 5 * tolerance, f"{name}: {weight}: {off}, {gap.max():.1e}"
 
 
 @pytest.fixture(scope="module")
 def dense(megatron, hf_model, tmp_path_factory):
     folder, _ = hf_model("qwen3", tied=False, num_hidden_layers=4)
-    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE | RESHARDED)
+    return run_cases(tmp_path_factory.mktemp("dense"), folder, DENSE | RESHARDED | BF16)
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +211,18 @@ def test_a_mixture_of_experts_trains_alike_in_every_layout(layout, moe):
 @pytest.mark.parametrize("layout", [name for name in RESHARDED if name.startswith("two steps ") or " to " in name])
 def test_a_checkpoint_continues_in_another_layout(layout, dense):
     check_equal(dense[layout], dense["two steps"], layout)
+
+
+@pytest.mark.parametrize("layout", [name for name in BF16 if name != "bf16"])
+def test_bf16_is_no_further_from_fp32_in_any_layout(layout, dense):
+    """Weights by the norm of their difference; sums over a whole update, which cancel by luck, within a few percent."""
+    (metrics, weights), (_, one_weights) = dense[layout], dense["bf16"]
+    expected_metrics, expected_weights = dense["one"]
+
+    def squared_gap(found: dict[str, torch.Tensor]) -> float:
+        return sum(float((found[name].double() - value).square().sum()) for name, value in expected_weights.items())
+
+    assert 0 < squared_gap(weights) <= 1.5**2 * squared_gap(one_weights)
+    for update, expected in zip(metrics["updates"], expected_metrics["updates"], strict=True):
+        for key in ("actor/pg_loss", "actor/grad_norm", "actor/influence_weights_mean"):
+            assert update[key] == pytest.approx(expected[key], rel=0.05, abs=0.01), key

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from conftest import EOS, V, check_completions, fleet_of, generate, make_prompts
+from fleets import EOS, V, check_completions, fleet_of, generate, make_prompts
 from proxy import EVENT_FAULTS, STATUS_FAULTS, FaultyProxy
 
 from megatron_fipo.data.packing import PackedBatch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import EOS, V, check_completions, fleet_of, generate, label, make_prompts
+from fleets import EOS, V, check_completions, fleet_of, generate, label, make_prompts
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.engine import SamplingParams
@@ -65,6 +65,7 @@ def check_all_answered(client, prompts, completions, hf, victim) -> None:
 
 def engine_of(client):
     """An engine whose weight updates leave the weights as they are and count their version on."""
+    from megatron_fipo.parallel.replicas import Replicas
     from megatron_fipo.rollout.sglang.engine import SGLangEngine
 
     class Labels:
@@ -76,7 +77,7 @@ def engine_of(client):
         def close(self) -> None:
             pass
 
-    return SGLangEngine(client.fleet, client, Labels())
+    return SGLangEngine(client.fleet, client, Labels(), Replicas.current())
 
 
 PROMPTS = make_prompts(24, seed=4)

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from conftest import V
+from fleets import V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

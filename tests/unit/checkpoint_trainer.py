@@ -4,11 +4,13 @@ import builtins
 import contextlib
 import io
 import os
+import resource
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from megatron.training.global_vars import destroy_global_vars, set_global_variab
 
 from megatron_fipo.arguments import parse_arguments  # noqa: E402
 from megatron_fipo.checkpoint.state import Checkpoints, LoopState  # noqa: E402
+from megatron_fipo.errors import UserError  # noqa: E402
 from megatron_fipo.model.build import model_provider  # noqa: E402
 
 
@@ -95,6 +98,29 @@ def save_and_die(base: Path, folder: Path, step: int, point: int) -> None:
     sys.stdout.flush()
     _die_at(point, folder)
     checkpoints.save(state)
+
+
+def load_and_fail_to_save(base: Path, folder: Path, store: Path, rank: int, results: Any) -> None:
+    """One of two ranks: load, then save while rank 1 cannot write. Puts (rank, step, warnings, weights, problem)."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=2)
+    )
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    trainer = open_trainer(base)
+    checkpoints = trainer.checkpoints(folder)
+    state = checkpoints.load(folder)
+    weights = [p.detach().numpy() for p in trainer.chunks[0].parameters()]
+    if rank == 1:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, hard))
+    try:
+        checkpoints.save(replace(state, step=4))
+        problem = ""
+    except UserError as error:
+        problem = str(error)
+    results.put((rank, state.step, trainer.warnings, weights, problem))
 
 
 def _die_at(point: int, folder: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_fipo.data.prompts import read_prompts
 from megatron_fipo.errors import UserError
-from megatron_fipo.rewards import verify
+from megatron_fipo.rewards.response import Response
+from megatron_fipo.rewards.verify import score
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -69,7 +70,10 @@ def test_rows_are_verifiable_prompts(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     for part in ("train", "heldout"):
         for prompt in read_prompts([str(base / f"{part}.jsonl")], lambda text: tokenizer(text)["input_ids"]):
-            assert verify(prompt, f"<answer>{prompt.answer}</answer>").correct
+            assert (
+                score(Response("", f"<answer>{prompt.answer}</answer>", prompt.answer, prompt.source, prompt.metadata))
+                == 1.0
+            )
             expression = prompt.metadata["expression"].replace(" ", "")
             assert tokenizer.decode(prompt.tokens) == expression + "="
             assert eval(expression) == int(prompt.answer)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import checkpoint_trainer
+import numpy as np
 import pytest
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -171,6 +172,31 @@ def test_sigkill_at_every_write_and_rename_leaves_the_newest_whole(
             shutil.rmtree(folder)
     assert sum(died) > 30 and loaded == sorted(loaded) and {*loaded} == {3, 4}
     assert [step for step, killed in zip(loaded, died, strict=True) if not killed] == [4] * (len(died) - sum(died))
+
+
+def test_what_one_rank_meets_all_ranks_know(trainer, saved, trained_base, tmp_path_factory, warm_processes):
+    """Two replicas load what one saved; the damage is in a file that the second verifies, which then cannot write."""
+    flip_bit(saved / "iter_0000003" / "__0_0.distcp", random.Random(0))
+    assert find_damage(saved / "iter_0000003", part=0, parts=2) is None
+    results, store = warm_processes.SimpleQueue(), tmp_path_factory.mktemp("store") / "store"
+    ranks = [
+        warm_processes.Process(
+            target=checkpoint_trainer.load_and_fail_to_save, args=(trained_base, saved, store, rank, results)
+        )
+        for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    found = [results.get() for _ in ranks]
+    for process in ranks:
+        process.join(120)
+    trainer.become(2)
+    expected = [p.detach().numpy() for p in trainer.chunks[0].parameters()]
+    for _, step, warnings, weights, problem in found:
+        assert step == 2 and len(warnings) == 1 and "__0_0.distcp" in warnings[0]
+        assert all(map(np.array_equal, weights, expected))
+        assert f"checkpoint of step 4 could not be written to {saved}" in problem
+    assert loads(trainer, saved) == 2
 
 
 def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(trainer, tmp_path):

@@ -11,6 +11,7 @@ from megatron_fipo.data.prompts import PromptStream, read_prompts
 from megatron_fipo.errors import UserError
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.answers import Answers
+from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.collect import CollectSettings, OutOfContrast, collect
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
@@ -24,13 +25,14 @@ def run(trained_base, build_model):
     tokenizer = AutoTokenizer.from_pretrained(trained_base)
     prompts = read_prompts([str(trained_base / "train.jsonl")], tokenizer.encode)
     engine = EmbeddedEngine(build_model(trained_base), len(tokenizer), 64, pad_id=0)
-    answers = Answers(tokenizer, (tokenizer.eos_token_id,))
+    answers = Answers(tokenizer, (tokenizer.eos_token_id,), RewardPool())
     settings = CollectSettings(
         prompts_per_step=6, group_size=8, sampling=SamplingParams(12, 1.0, 1.0, answers.stop_token_ids), seed=1,
         dynamic_sampling=True, max_batches=10, overlong_buffer=0, overlong_penalty=1.0,
     )  # fmt: skip
 
-    def collected(cursor=0, contrast_rate=1.0, **changes):
+    def collected(cursor=0, contrast_rate=1.0, max_tokens=12, **changes):
+        changes["sampling"] = replace(settings.sampling, max_tokens=max_tokens)
         stream, reported = PromptStream(prompts, seed=1, cursor=cursor), []
         rollout = collect(
             engine, stream, answers.verify, replace(settings, **changes), Replicas.current(),
@@ -89,6 +91,17 @@ def test_long_responses_cost_reward(run):
     length = rollout.response_tokens_S
     expected = torch.tensor([1.0 if rollout.held[i].correct else -1.0 for i in range(48)]) - (length - 1).clamp(0) / 11
     torch.testing.assert_close(rollout.reward_S, expected)
+
+
+def test_the_overlong_filter_takes_truncated_responses_out_of_the_loss_and_keeps_their_rewards(run):
+    rollout, _, _ = run(dynamic_sampling=False, max_tokens=4)
+    filtered = rollout.without_truncated()
+    truncated = torch.tensor([rollout.held[i].finish_reason == "length" for i in range(48)])
+    assert 0 < truncated.sum() < 48
+    for i in range(48):
+        assert filtered.held[i].response_mask.sum() == (0 if truncated[i] else rollout.response_tokens_S[i])
+    assert torch.equal(filtered.response_tokens_S, rollout.response_tokens_S * ~truncated)
+    assert torch.equal(filtered.reward_S, rollout.reward_S) and torch.equal(filtered.table, rollout.table)
 
 
 def test_a_rollout_survives_the_disk(run, tmp_path):

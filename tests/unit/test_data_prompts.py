@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from megatron_fipo.data.prompts import PromptStream, drop_long, read_prompts
+from megatron_fipo.data.layouts import Keys
+from megatron_fipo.data.prompts import Prompt, PromptStream, count_duplicates, drop_long, read_prompts
 from megatron_fipo.errors import UserError
 
 GOOD = {"prompt": "1+1=", "answer": "2", "source": "reasoning_gym/chain_sum", "metadata": {"difficulty": 1}}
@@ -32,9 +33,9 @@ def test_rows_become_prompts_numbered_over_all_files(tmp_path):
     [
         ({k: v for k, v in GOOD.items() if k != "answer"}, "'answer'"),
         (GOOD | {"answer": "  "}, "'answer'"),
-        (GOOD | {"answer": 3}, "'answer'"),
+        (GOOD | {"answer": []}, "'answer'"),
         (GOOD | {"prompt": None}, "'prompt'"),
-        (GOOD | {"source": ""}, "'source'"),
+        (GOOD | {"source": 5}, "source"),
         (GOOD | {"metadata": []}, "'metadata'"),
         ("[1]", "a JSON list"),
         ("{broken", "not JSON"),
@@ -49,6 +50,8 @@ def test_a_bad_row_is_named(tmp_path, row, reason):
 def test_missing_and_empty_files_are_named(tmp_path):
     with pytest.raises(UserError, match="nothing.jsonl does not exist"):
         read_prompts([str(tmp_path / "nothing.jsonl")], encode)
+    with pytest.raises(UserError, match="--answer-key 'gold' is in no row of"):
+        read_prompts([write(tmp_path / "d.jsonl", GOOD)], encode, Keys(answer="gold"))
     with pytest.raises(UserError, match="no prompt in"):
         read_prompts([write(tmp_path / "empty.jsonl")], encode)
 
@@ -83,3 +86,46 @@ def test_a_stream_continues_at_its_cursor():
     expected = whole.take(12)
     half.take(4)
     assert PromptStream(list(range(5)), 3, half.cursor).take(8) == expected[4:]
+
+
+def test_duplicates_are_counted(tmp_path):
+    prompts = read_prompts([write(tmp_path / "d.jsonl", GOOD, GOOD, GOOD | {"prompt": "2="}, GOOD)], encode)
+    assert count_duplicates(prompts) == 2
+
+
+def test_the_source_is_resolved_and_a_row_without_one_has_its_files_name(tmp_path):
+    path = write(tmp_path / "aime24.jsonl", {"problem": "p", "answer": "1"}, GOOD)
+    seen = []
+    prompts = read_prompts([path], encode, resolve=lambda source, where: seen.append((source, where)) or "rule")
+    assert seen == [("aime24.jsonl", f"{path}, row 1"), (GOOD["source"], f"{path}, row 2")]
+    assert {p.source for p in prompts} == {"rule"}
+
+
+PARTS = [Prompt(i, (i,), "1", "s", part=0 if i < 5 else 1 if i < 12 else 2) for i in range(40)]
+
+
+def test_weights_share_out_every_epoch_and_each_part_goes_round_evenly():
+    stream = PromptStream(PARTS, seed=3, weights=[5.0, 3.0, 0.0])
+    drawn = [prompt for _, prompt in stream.take(40 * 7)]
+    for epoch in range(7):
+        parts = [p.part for p in drawn[40 * epoch : 40 * (epoch + 1)]]
+        assert [parts.count(part) for part in range(3)] == [25, 15, 0]
+    for part, size in ((0, 5), (1, 7)):
+        counts = [sum(p is prompt for p in drawn) for prompt in PARTS if prompt.part == part]
+        assert len(counts) == size and max(counts) - min(counts) <= 1
+    assert sum(a.part != b.part for a, b in zip(drawn, drawn[1:], strict=False)) > 80, "parts are mixed"
+
+
+def test_a_weighted_stream_continues_at_its_cursor_and_has_a_fingerprint_of_its_own():
+    whole = PromptStream(PARTS, seed=3, weights=[1.0, 1.0, 2.0]).take(200)
+    again = PromptStream(PARTS, seed=3, weights=[1.0, 1.0, 2.0], cursor=77)
+    assert again.take(123) == whole[77:]
+    fingerprints = {PromptStream(PARTS, 3, weights=w).fingerprint for w in ((), (1, 1, 2), (1, 1, 1))}
+    assert len(fingerprints) == 3
+
+
+def test_shares_of_the_stream_do_not_depend_on_how_many_replicas_take_them():
+    """Every replica takes the whole batch and keeps its share, so only the sizes of batches could matter."""
+    one, two = (PromptStream(PARTS, seed=9, weights=[1.0, 2.0, 3.0]) for _ in range(2))
+    batches = [one.take(12) for _ in range(10)]
+    assert [v for b in batches for v in b] == [v for b in (two.take(60), two.take(60)) for v in b]

@@ -155,17 +155,19 @@ def test_the_launch_names_every_node(folder, recorded):
         "torchrun --nnodes 16 --node-rank 3 --nproc-per-node 4 --master-addr node0 --master-port 12345 "
         "--rdzv-conf timeout=50 -m megatron_fipo.train --hf-model /models/m"
     )
-    assert line.endswith("--seed 5") and "--load" not in line
+    assert line.endswith("--seed 5")
 
 
-def test_a_second_start_goes_on_from_the_checkpoint(folder, recorded):
-    checkpoints = folder / "runs" / "fipo-qwen2.5-32b" / "checkpoints"
-    (checkpoints / "iter_0000005").mkdir(parents=True)
-    (checkpoints / "iter_0000005" / "rl_state.json").touch()
-    variables = {"HF_MODEL": "m", "PROMPT_DATA": "p.jsonl", "NNODES": 1}
-    run_script(EXAMPLES / "fipo_qwen2.5_32b.sh", folder, first=recorded, **variables)
-    command = started(folder)[-1]["command"]
-    assert (folder / command[command.index("--load") + 1]).samefile(checkpoints)
+@pytest.mark.parametrize("name", RECIPES)
+def test_running_servers_can_generate(name, folder, recorded):
+    variables = {"HF_MODEL": "m", "PROMPT_DATA": "p.jsonl", "NNODES": 1, "ROLLOUT_ENGINE": "sglang"}
+    script = run_script(EXAMPLES / name, folder, first=recorded, **variables)
+    assert script.returncode == 2 and "SGLANG_URLS is not set: " in script.stderr
+    urls = {"SGLANG_URLS": "http://a:30000 http://b:30000"}
+    assert run_script(EXAMPLES / name, folder, first=recorded, **variables, **urls).returncode == 0
+    line = " ".join(started(folder)[-1]["command"])
+    assert "--rollout-engine sglang" in line and "--sglang-url http://a:30000 http://b:30000" in line
+    assert "--transformer-impl" not in line and "--rollout-max-running" not in line
 
 
 @pytest.mark.parametrize("name", RECIPES)

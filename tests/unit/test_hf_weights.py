@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import write_hf_model
 from safetensors.torch import load_file, save_file
+from tiny_models import write_hf_model
 
 from megatron_fipo.errors import UserError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "megatron_fipo"
 # Each layer may import itself and what stands after it. Within a layer, modules may import each other.
 LAYERS = (
-    {"train"},
+    {"train", "evaluate"},
     {"session", "recorder", "report", "doctor", "megatron_rl"},
     {"inputs"},
     {"arguments"},

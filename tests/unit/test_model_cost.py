@@ -33,7 +33,7 @@ def test_it_is_a_third_of_what_megatron_counts_for_training(hf_model, tmp_path, 
     from megatron.training.training import num_floating_point_operations
 
     from megatron_fipo.arguments import parse_arguments
-    from megatron_fipo.session import cost_model
+    from megatron_fipo.settings import cost_model
 
     folder, _ = hf_model(family, tied=False)
     args = parse_arguments(["--dry-run", "--hf-model", str(folder), "--prompt-data", "x", "--runs-dir", str(tmp_path)])

@@ -9,11 +9,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.engine import Completion, ProgressCallback, SamplingParams
 from megatron_fipo.rollout.sglang.client import Client, RolloutFailed
 from megatron_fipo.rollout.sglang.fleet import Fleet
@@ -45,8 +44,8 @@ class SGLangEngine:
     Seeds decide completions only on servers with --enable-deterministic-inference (see docs/engines.md).
     """
 
-    def __init__(self, fleet: Fleet, client: Client, sync: WeightSync):
-        self._fleet, self._client, self._sync = fleet, client, sync
+    def __init__(self, fleet: Fleet, client: Client, sync: WeightSync, replicas: Replicas):
+        self._fleet, self._client, self._sync, self._replicas = fleet, client, sync, replicas
         self._starting: set[Server] = set()
 
     def generate(
@@ -63,12 +62,12 @@ class SGLangEngine:
         """
         if not prompts:
             return []
-        if not _leads():
-            while (message := _from_leader(None)) is None:
+        if not self._replicas.leads:
+            while (message := self._from_leader(None)) is None:
                 given_up()
         else:
             message = self._generate(prompts, seeds, sampling, on_finished or (lambda n: None), given_up)
-            _from_leader(message)
+            self._from_leader(message)
         if isinstance(message, Exception):
             raise message
         return message
@@ -115,7 +114,7 @@ class SGLangEngine:
                 with contextlib.suppress(queue.Empty):
                     on_finished(events.get(timeout=_HEARTBEAT_S) or 0)
                 if time.monotonic() - heard > _HEARTBEAT_S:
-                    _from_leader(None)
+                    self._from_leader(None)
                     if given_up():
                         stopped.set()
                         break
@@ -124,6 +123,9 @@ class SGLangEngine:
         if isinstance(error, RolloutFailed | UserError):
             return error
         return batch.result()
+
+    def _from_leader(self, message: Any) -> Any:
+        return self._replicas.from_leader(lambda: message)
 
     def _agree(self) -> None:
         """Every rank learns whom any rank has condemned or admitted."""
@@ -145,7 +147,7 @@ class SGLangEngine:
         answering: list[Any] = [[]]
         if dist.get_rank() == 0:
             answering = [asyncio.run(_answering(self._fleet.servers, self._fleet.condemned))]
-        dist.broadcast_object_list(answering, src=0, device=_device())
+        dist.broadcast_object_list(answering, src=0, device=self._replicas.device)
         for i, server in enumerate(self._fleet.servers):
             if i in answering[0]:
                 self._starting.discard(server)
@@ -177,25 +179,3 @@ async def _answering(servers: Sequence[Server], condemned: Mapping[Server, str])
     asked = [i for i, server in enumerate(servers) if server in condemned]
     found = await asyncio.gather(*(answers(servers[i]) for i in asked))
     return [i for i, answer in zip(asked, found, strict=True) if answer]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _leads() -> bool:
-    """Whether this rank talks to the servers for its data-parallel replica."""
-    stage = parallel_state.get_pipeline_model_parallel_group()
-    return stage.rank() == parallel_state.get_tensor_and_context_parallel_group().rank() == 0
-
-
-def _from_leader(message: Any) -> Any:
-    """The leader's ``message`` on every rank of its replica: along the pipeline, then inside each stage."""
-    box = [message]
-    for group in (
-        parallel_state.get_pipeline_model_parallel_group(),
-        parallel_state.get_tensor_and_context_parallel_group(),
-    ):
-        if group.size() > 1:
-            dist.broadcast_object_list(box, group=group, group_src=0, device=_device())
-    return box[0]

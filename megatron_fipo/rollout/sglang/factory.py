@@ -58,4 +58,4 @@ def open_weight_sync(args: argparse.Namespace, chunks: Sequence[torch.nn.Module]
 def open_engine(args: argparse.Namespace, fleet: Fleet, sync: WeightSync, replicas: Replicas) -> SGLangEngine:
     """The engine on these servers, whose weights come from ``sync``."""
     client = Client(fleet, args.vocab_size, args.rollout_max_running, replicas.rank)
-    return SGLangEngine(fleet, client, sync)
+    return SGLangEngine(fleet, client, sync, replicas)

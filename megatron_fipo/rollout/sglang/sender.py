@@ -65,7 +65,14 @@ class _Message:
 
     def is_broken(self) -> bool:
         """Whether this end of the broadcast has failed."""
-        return self.broadcast.is_completed() and not self.broadcast.is_success()
+        end = self.broadcast.get_future()
+        if not end.done():
+            return False
+        try:
+            end.value()
+        except RuntimeError:
+            return True
+        return False
 
 
 class Sender:

@@ -7,6 +7,8 @@ config.json, the command line.
 import argparse
 import contextlib
 import difflib
+import importlib.util
+import math
 import os
 import re
 import traceback
@@ -16,17 +18,19 @@ from typing import Any
 
 import torch
 from megatron.training import arguments as megatron_arguments
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_fipo.checkpoint.start import find_start
 from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.build import uses_transformer_engine
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
 from megatron_fipo.rewards.flags import add_reward_flags
 from megatron_fipo.rollout.sglang.flags import split_flags
-from megatron_fipo.validation import check, check_command_line, model_parallel_size
+from megatron_fipo.validation import check, check_command_line, expert_parallel_size, model_parallel_size
 
 DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
 
@@ -218,7 +222,8 @@ def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.N
     args.rank = int(os.environ.get("RANK", "0"))
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.dry_run:  # as if started on enough ranks for one replica
-        args.world_size = max(args.world_size, model_parallel_size(args))
+        experts = max(1, expert_parallel_size(args)) if args.num_experts else 1
+        args.world_size = max(args.world_size, math.lcm(model_parallel_size(args), experts))
     args.command_line = list(argv)
     check(args, training=training)
     if not training:
@@ -247,6 +252,7 @@ def platform_defaults() -> dict[str, Any]:
         "ckpt_format": "torch_dist",
         "rerun_mode": "disabled",
         "moe_token_dispatcher_type": "alltoall",  # packs differ in length, which Megatron's default cannot
+        "align_param_gather": False,  # aligned, Megatron's own loop would have to start the gathers
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "use_distributed_optimizer": True,
@@ -255,7 +261,8 @@ def platform_defaults() -> dict[str, Any]:
         "override_opt_param_scheduler": True,  # a resumed run may be given more steps
     }
     if torch.cuda.is_available():
-        return defaults | {"bf16": True, "moe_grouped_gemm": True}
+        fused_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # of Apex
+        return defaults | {"bf16": True, "moe_grouped_gemm": True, "gradient_accumulation_fusion": fused_gradients}
     return defaults | {
         "transformer_impl": "local",
         "distributed_backend": "gloo",
@@ -276,6 +283,9 @@ def _derive(args: argparse.Namespace, training: bool) -> None:
     args.lr_decay_iters = args.lr_decay_iters or max(args.num_steps, args.lr_warmup_iters + 1)
     args.seq_length = args.max_prompt_tokens + args.rollout_max_tokens
     args.max_position_embeddings = max(args.max_position_embeddings or 0, args.seq_length)
+    if not uses_transformer_engine(args.transformer_impl):
+        # TransformerEngine's kernels: its RoPE, too, reads angles by the position within a sequence, not in the pack.
+        args.apply_rope_fusion = args.moe_grouped_gemm = False
     _find_start(args, training)
     args.load = None  # we load after the model is built, see checkpoint/state.py
     if args.save_interval:
@@ -312,7 +322,8 @@ def validate_megatron(args: argparse.Namespace) -> None:
             megatron_arguments.validate_args(args)
             args.async_save, args.async_strategy = async_save, "mcore"
             args.variable_seq_lengths = True  # packs differ in length; validate_args resets it
-        except AssertionError as error:
+            core_transformer_config_from_args(args)  # refuses more, and would do so as late as when it builds the model
+        except (AssertionError, ValueError, RuntimeError) as error:
             failed = traceback.extract_tb(error.__traceback__)[-1].line
             raise UserError(f"Megatron refuses these flags: {str(error) or failed}") from error
 

@@ -78,7 +78,8 @@ def train(run: Session, args: argparse.Namespace) -> None:
         run.engine.wake()
         run.engine.update_weights(step)
         due = step % args.eval_interval == 0 or step == args.num_steps
-        evaluation = evaluate(run) if due else None
+        # Asked to stop, a run saves at once: an evaluation may take longer than the signal leaves.
+        evaluation = evaluate(run) if due and not run.interruption.received() else None
         run.recorder.step(step, rollout, updates, entropy_sum, correction, results, learning_rate, evaluation)
         state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
         if args.save_interval and step % args.save_interval == 0:
@@ -164,7 +165,9 @@ def main(argv: Sequence[str]) -> int:
         run.engine.close()
         dist.destroy_process_group()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a node finds the same mistake
+        # Before the start every rank of a node finds the same mistake; later perhaps one of them alone.
+        alone = dist.is_initialized() and not isinstance(error, OutOfContrast)
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"megatron_fipo: {error}", file=sys.stderr)
         return 2
     return 0

@@ -33,6 +33,21 @@ _REFUSED = {
     "--rollout-top-p": "training samples are drawn from the whole distribution; see --eval-top-p",
     "--rollout-top-k": "training samples are drawn from the whole distribution",
     "--fp16": "use --bf16, which needs no loss scaling",
+    "--hidden-dropout": "old and new log-probs must come from the same network; leave it out",
+    "--attention-dropout": "old and new log-probs must come from the same network; leave it out",
+    "--window-size": "attention is causal over the whole sequence; leave it out",
+    "--moe-aux-loss-coeff": "the policy's gradient is the only one; leave it out",
+    "--moe-z-loss-coeff": "the policy's gradient is the only one; leave it out",
+    "--moe-router-load-balancing-type": "the policy's gradient is the only one; leave it out",
+    "--moe-router-fusion": "it goes past the routing replay; leave it out",
+    "--cuda-graph-impl": "packs differ in length; leave it out",
+    "--skip-train": "use python -m megatron_fipo.evaluate",
+    "--rampup-batch-size": "every update has --global-batch-size samples",
+    "--decrease-batch-size-if-needed": "every update has --global-batch-size samples",
+    "--use-checkpoint-args": "the architecture comes from --hf-model",
+    "--no-save-optim": "a run that cannot continue exactly is not saved",
+    "--no-load-optim": "use --finetune",
+    "--profile": "phase times are in metrics.jsonl under time/",
 }
 _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
@@ -40,6 +55,8 @@ _REFUSED_FAMILIES = {
     "--non-persistent-": "use --save-interval and --keep-last",
     "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
+    "--fp8-": "FP8 training is not supported yet; leave it out",
+    "--fp4-": "FP4 training is not supported yet; leave it out",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
 }
 _PRETRAINING_DATA = (
@@ -70,6 +87,7 @@ _POSITIVE = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
+    "expert_model_parallel_size",
 )
 
 
@@ -258,11 +276,18 @@ def _check_engine(args: argparse.Namespace) -> None:
         raise UserError("--sglang-servers: SGLang is not installed; run 'make sglang', or use a container that has it")
 
 
+def expert_parallel_size(args: argparse.Namespace) -> int:
+    """Ranks that hold all experts once."""
+    tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return args.expert_model_parallel_size * tensor * args.pipeline_model_parallel_size
+
+
 def _check_parallel(args: argparse.Namespace) -> None:
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     heads, layers = args.num_attention_heads, args.num_layers
     if heads and heads % tensor:
-        fits = [t for t in range(1, heads + 1) if heads % t == 0]
+        groups = args.num_query_groups or heads
+        fits = [t for t in range(1, heads + 1) if heads % t == 0 and (groups % t == 0 or t % groups == 0)]
         raise UserError(
             f"--tensor-model-parallel-size {tensor} does not divide the model's {heads} attention heads; "
             f"use one of {fits}"
@@ -280,7 +305,12 @@ def _check_parallel(args: argparse.Namespace) -> None:
             f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {args.context_parallel_size} = "
             f"{size} ranks; start a multiple of {size}"
         )
-    experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tensor) * pipeline
+    if args.expert_tensor_parallel_size is not None and (args.expert_tensor_parallel_size < 1 or not args.num_experts):
+        raise UserError(
+            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size} must be at least 1, and needs a model "
+            f"with experts; leave it out"
+        )
+    experts = expert_parallel_size(args)
     if args.num_experts and args.world_size % experts:
         raise UserError(
             f"{args.world_size} ranks cannot hold --expert-model-parallel-size {args.expert_model_parallel_size} x "

@@ -225,7 +225,8 @@ class Checkpoints:
         """Give the disk space back and raise UserError."""
         assert self._pending
         step, self._pending, self._records = self._pending.step, None, None
-        free = shutil.disk_usage(self._folder).free
+        existing = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
         if dist.get_rank() == 0:
             self._clean()
         raise UserError(

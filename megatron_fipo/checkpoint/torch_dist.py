@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_fipo.checkpoint.hf_files import HFTensor, is_finite, some
 from megatron_fipo.checkpoint.hf_map import EMBEDDING, OUTPUT, WeightMap, expert_of
+from megatron_fipo.compat.checkpoints import IndexUnpickler
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import architecture
 
@@ -31,13 +32,6 @@ _CONFIG = (
 )  # fmt: skip
 _CONFIG_OF_EXPERTS = ("moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk", "moe_router_pre_softmax")
 _PARAMETER = re.compile(r"(decoder|embedding|output_layer)\..*(weight|bias)")
-# The module names that torch's and Megatron's writers put into `.metadata`; anything else would run foreign code.
-_METADATA_MODULES = {
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
-}
-_METADATA_NAMES = {("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")}
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
@@ -195,18 +189,10 @@ def stored_at(name: str, weight_map: WeightMap, stacked: bool) -> tuple[str, tup
     return (f"decoder.layers.{below}", (layer, *place)) if stacked else (f"decoder.layers.{layer}.{below}", place)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_torch = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        if is_torch or module in _METADATA_MODULES or (module, name) in _METADATA_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
-
-
 def read_metadata(path: Path) -> Metadata:
     """The checkpoint's index. Raises UserError: it is damaged, or names code that has no place in it."""
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = IndexUnpickler(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path} cannot be read ({error!r}): copy the checkpoint again.") from error
     if not isinstance(metadata, Metadata):

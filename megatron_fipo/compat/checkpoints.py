@@ -31,7 +31,9 @@ _INDEX_NAMES = {
 }
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class IndexUnpickler(pickle.Unpickler):
+    """Reads an index and refuses names that have no place in it: anything else would run foreign code."""
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _INDEX_NAMES.get(module, ()):
@@ -40,7 +42,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _load_index(original: Any) -> Any:
-    return View(original, load=lambda file: _IndexUnpickler(file).load())
+    return View(original, load=lambda file: IndexUnpickler(file).load())
 
 
 def _load_plain_objects(original: Any) -> Any:

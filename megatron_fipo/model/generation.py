@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class GenerationModel:
         self._pipeline: dist.ProcessGroup = groups.pp
         self._experts: dist.ProcessGroup | None = groups.tp_ep if self._config.num_moe_experts else None
         if self._experts is not None:
-            _check_experts(self._experts.size(), groups.tp.size(), self._config.moe_token_dispatcher_type)
+            _check_experts(self._experts.size(), groups.tp.size())
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
@@ -126,6 +127,15 @@ class GenerationModel:
             dist.broadcast(tensor, group=self._pipeline, group_src=self._pipeline.size() - 1)
         return tensor
 
+    @property
+    def in_step(self) -> tuple[dist.ProcessGroup, ...]:
+        """Groups that, reduced over in turn, join the ranks which run the same passes.
+
+        Experts may be spread over replicas, and these over the experts' groups.
+        """
+        replica = parallel_state.get_model_parallel_group()
+        return (replica,) if self._experts is None else (replica, self._experts, replica)
+
     def largest(self, count: int) -> int:
         """The largest `count` among the ranks whose experts work together; without experts, `count`."""
         if self._experts is None or self._experts.size() == 1:
@@ -135,15 +145,10 @@ class GenerationModel:
         return int(counts)
 
 
-def _check_experts(experts: int, tensor: int, dispatcher: str) -> None:
+def _check_experts(experts: int, tensor: int) -> None:
     """Experts are spread over `experts` ranks, each replica's layers over `tensor` of them. Raises UserError."""
     if experts % tensor and tensor % experts:
         raise UserError(
             f"experts are spread over {experts} ranks (--expert-model-parallel-size x --expert-tensor-parallel-size), "
             f"which cuts through replicas of --tensor-model-parallel-size {tensor}: make one a multiple of the other."
-        )
-    if experts > tensor and dispatcher == "allgather":
-        raise UserError(
-            "--moe-token-dispatcher-type allgather wants equally many tokens on every expert-parallel rank, which "
-            "sequences of varying length do not have: pass --moe-token-dispatcher-type alltoall."
         )

@@ -56,7 +56,7 @@ class PackedBoundaries(PackedSeqParams):
     boundaries: tuple[int, ...] = ()
 
 
-@functools.lru_cache(maxsize=64)  # every layer of a micro-batch asks the same
+@functools.lru_cache(maxsize=4)  # every layer of a micro-batch asks the same; long sequences have large masks
 def groups_on_device(
     cu_seqlens: tuple[int, ...], context: tuple[int, int], call_cost: float, device: torch.device
 ) -> list[PaddedGroup]:

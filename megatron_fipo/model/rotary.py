@@ -12,6 +12,7 @@ def give_packed_angles(model: GPTModel) -> None:
     Megatron's unfused THD RoPE rotates one sequence at a time, some 25 tensor operations for each sequence and layer,
     unless the angles already have one row per packed token; then it rotates the pack at once.
     """
+    assert not model.config.apply_rope_fusion, "fused RoPE reads angles by the position within a sequence"
 
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         params, angles = kwargs.get("packed_seq_params"), kwargs.get("rotary_pos_emb")

@@ -55,6 +55,7 @@ def policy_metrics(
     gap = torch.cat([_engine_gap(batch) for batch in micro_batches])
     sums = torch.stack([entropy_sum, (gap.exp() - 1 - gap).sum(), gap.square().sum(), gap.new_tensor(gap.numel())])
     entropy, kl, square, tokens = replicas.all_reduce_pieces(sums).tolist()
+    tokens = max(tokens, 1.0)
     worst = torch.cat([gap.abs(), gap.new_zeros(1)]).max()
     worst = replicas.all_reduce_pieces(worst, torch.distributed.ReduceOp.MAX)
     counts = replicas.all_reduce_pieces(torch.bincount(log_ratio_bin(gap.abs()), minlength=HISTOGRAM_BINS))

@@ -39,6 +39,7 @@ class EmbeddedEngine:
             UserError: the model is built in a way that cannot generate, see GenerationModel.
         """
         self._model = GenerationModel(model_chunks, vocab_size)
+        self.in_step = self._model.in_step
         self._max_batch = max_batch
         self._pad_id = pad_id
 

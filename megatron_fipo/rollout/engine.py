@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.distributed as dist
+
 ProgressCallback = Callable[[int], None]
 """Called with the number of completions that have just finished."""
 
@@ -55,6 +57,11 @@ class RolloutEngine(Generates, Protocol):
     A completion depends on the weights, its prompt and its seed only, never on the rows that share its batch
     (up to floating-point rounding), so the same seeds give the same rollout on any number of replicas.
     """
+
+    @property
+    def in_step(self) -> Sequence[dist.ProcessGroup]:
+        """Groups that, reduced over in turn, join the ranks which generate in step."""
+        ...
 
     def generate(
         self,

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from megatron.core import parallel_state
-
 from megatron_fipo.parallel.interruption import Interruption
 from megatron_fipo.rollout.engine import Completion, ProgressCallback, RolloutEngine, SamplingParams
 
@@ -16,10 +14,6 @@ class InterruptibleEngine:
 
     def __init__(self, engine: RolloutEngine, interruption: Interruption) -> None:
         self._engine, self._interruption = engine, interruption
-        replica = parallel_state.get_model_parallel_group()
-        experts = parallel_state.get_expert_tensor_and_model_parallel_group()
-        # Experts may be spread over replicas, and these over the experts' groups.
-        self._in_step = (replica, experts, replica) if experts.size() > 1 else (replica,)
 
     def generate(
         self,
@@ -34,4 +28,4 @@ class InterruptibleEngine:
         return completions
 
     def _interrupted_in_step(self) -> bool:
-        return self._interruption.received(*self._in_step)
+        return self._interruption.received(*self._engine.in_step)

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megatron_fipo.data.planning import plan_step
 from megatron_fipo.data.samples import Sample
+from megatron_fipo.model.cost import CostModel
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.replay import write_rollout
 from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout
@@ -29,6 +31,8 @@ FLAGS = f"""
     --max-prompt-tokens 20 --max-tokens-per-microbatch 96 --lr 1e-3 --adam-eps 1e-6 --lr-warmup-iters 0
     --fipo-half-life 8 --seed 1
 """
+# One sample for each of two replicas, whose interleaved pipelines want two micro-batches: one is a dummy.
+FEW = "--train-from-rollouts {runs}/few --grpo-prompts-per-step 4 --grpo-group-size 2 --global-batch-size 2"
 # name: ranks and flags. Every layout also cuts the updates into micro-batches of its own.
 DENSE = {
     "one": (1, ""),
@@ -55,6 +59,8 @@ DENSE = {
     "group CP2 DP2": (4, f"--loss-normalization group {CP} 2"),
     "sequence": (1, "--loss-normalization sequence"),
     "sequence PP2 CP2": (4, f"--loss-normalization sequence {PP} 2 {CP} 2"),
+    "few": (1, FEW),
+    "few VPP2 DP2": (4, f"{FEW} {PP} 2 --num-virtual-stages-per-pipeline-rank 2 --overlap-grad-reduce"),
     "one micro-batch": (1, "--max-tokens-per-microbatch 4096"),
     "many micro-batches": (1, "--max-tokens-per-microbatch 1"),
 }
@@ -82,19 +88,24 @@ MOE = {
     "EP2 CP2": (2, f"{EP} 2 {CP} 2"),
     "TP2 EP2": (2, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),
     "EP2 DP4": (4, f"{EP} 2"),
+    "VPP2 recompute": (
+        2,
+        f"{PP} 2 --num-virtual-stages-per-pipeline-rank 2 "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
     "EP2 PP2": (4, f"{EP} 2 {PP} 2"),
     "EP2 CP2 DP2": (4, f"{EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
 }
 
 
-def written_rollout(folder: Path, step: int, number: int = GROUPS, sigma: float = 1.0) -> None:
+def written_rollout(folder: Path, step: int, number: int = GROUPS, size: int = GROUP_SIZE, sigma: float = 1.0) -> None:
     """Random samples of very different lengths, with holes in the masks; engine log-probs that disagree a little."""
     generator = np.random.default_rng(step)
-    groups, table = {}, torch.zeros(number, GROUP_SIZE, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
+    groups, table = {}, torch.zeros(number, size, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
     for g in range(number):
         prompt = generator.integers(3, VOCAB, generator.integers(2, 20))
         groups[g] = []
-        for i in range(GROUP_SIZE):
+        for i in range(size):
             response = generator.integers(3, VOCAB, min(60, 1 + int(generator.lognormal(2.5, sigma))))
             tokens = np.concatenate([prompt, response]).astype(np.int32)
             mask = np.arange(len(tokens)) >= len(prompt)
@@ -176,6 +187,7 @@ def dense(megatron, hf_model, tmp_path_factory):
     runs = tmp_path_factory.mktemp("dense")
     for step in (1, 2):
         written_rollout(runs / "rollouts", step)
+    written_rollout(runs / "few", 1, number=4, size=2)
     return run_cases(runs, folder, DENSE | RESHARDED | BF16)
 
 
@@ -197,7 +209,13 @@ def test_fipo_is_active_in_the_reference(dense):
 @pytest.mark.parametrize("layout", DENSE)
 def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
     kind = layout.split()[0]
-    check_equal(dense[layout], dense[kind if kind in ("group", "sequence", "corrected") else "one"], layout)
+    check_equal(dense[layout], dense[kind if kind in ("group", "sequence", "corrected", "few") else "one"], layout)
+
+
+def test_few_samples_leave_a_replica_without():
+    cost = CostModel(1, 8, 8, 1, 1, 8, 8)
+    (update,) = plan_step([10, 20], 2, 2, 96, cost=cost, pipeline_stages=2, micro_batch_multiple=2)
+    assert all(() in micro_batches for micro_batches in update.micro_batches)
 
 
 def test_normalizations_differ(dense):

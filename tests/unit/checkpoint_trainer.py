@@ -70,7 +70,7 @@ class Trainer:
 
 def open_trainer(base: Path) -> Trainer:
     """Set Megatron up in this process, in which torch.distributed has a group of one."""
-    flags = f"--preset quickstart --hf-model {base} --prompt-data {base}/train.jsonl --save-interval 1"
+    flags = f"--preset quickstart --hf-model {base} --prompt-data {base}/train.jsonl --save-interval 1 --run-name none"
     args = parse_arguments(flags.split())
     with contextlib.redirect_stdout(io.StringIO()):
         set_global_variables(args, build_tokenizer=False)

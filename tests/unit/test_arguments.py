@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from megatron_fipo import compat
+from megatron_fipo.arguments import parse_arguments
 from megatron_fipo.train import main
 
 compat.install()
@@ -206,3 +207,10 @@ def test_help_shows_our_flags_first(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert 0 < text.index("--fipo-half-life") < text.index("--num-layers")
+
+
+def test_without_transformer_engine_its_kernels_are_off(trained_base):
+    """Its fused RoPE would read angles by the position within a sequence, and ours are laid out like the pack."""
+    flags = ("--preset", "quickstart", "--hf-model", trained_base, "--prompt-data", trained_base / "train.jsonl")
+    args = parse_arguments([*map(str, flags), "--transformer-impl", "local", "--dry-run"])
+    assert not args.apply_rope_fusion and not args.moe_grouped_gemm

@@ -159,6 +159,10 @@ def _damage(checkpoint: Path, kind: str) -> None:
         (release / ".metadata").write_bytes((release / ".metadata").read_bytes()[:-100])
     elif kind == "foreign code":
         (release / ".metadata").write_bytes(pickle.dumps(_Malice()))
+    elif kind == "code behind an allowed module":
+        words = (b"torch.distributed.checkpoint.filesystem", b"os.mkdir", b"evil")
+        module, name, argument = (b"\x8c" + bytes([len(word)]) + word for word in words)
+        (release / ".metadata").write_bytes(b"\x80\x04" + module + name + b"\x93" + argument + b"\x85R.")
     elif kind == "no tracker":
         (checkpoint / "latest_checkpointed_iteration.txt").unlink()
     elif kind == "bad tracker":
@@ -181,7 +185,8 @@ def _damage(checkpoint: Path, kind: str) -> None:
         ("flipped", r"weights_0\.distcp cannot be read at embedding\.word_embeddings\.weight"),
         ("no metadata", r"release.*incomplete"),
         ("cut metadata", r"\.metadata cannot be read"),
-        ("foreign code", r"\.metadata cannot be read .*mkdir has no place in it"),
+        ("foreign code", r"\.metadata cannot be read .*must not refer to .*mkdir"),
+        ("code behind an allowed module", r"\.metadata cannot be read .*must not refer to .*os\.mkdir"),
         ("no tracker", "holds no Megatron checkpoint"),
         ("bad tracker", "'soon'"),
         ("no side files", "--hf"),

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.parallel.replicas import Replicas
@@ -46,6 +47,7 @@ class SGLangEngine:
 
     def __init__(self, fleet: Fleet, client: Client, sync: WeightSync, replicas: Replicas):
         self._fleet, self._client, self._sync, self._replicas = fleet, client, sync, replicas
+        self.in_step = (parallel_state.get_model_parallel_group(),)
         self._starting: set[Server] = set()
 
     def generate(

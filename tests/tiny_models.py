@@ -72,12 +72,10 @@ def write_hf_model(
     return model
 
 
-def megatron_model(hf_dir: Path, *flags: str):
-    """The Megatron model of an HF folder with its weights, as the list of chunks that Megatron's set-up returns."""
+def megatron_args(hf_dir: str | Path, *flags: str, vocab_multiple: int = 8):
+    """Megatron's arguments for the model of an HF folder."""
     from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_fipo.checkpoint.hf import load_hf_weights
-    from megatron_fipo.model.build import model_provider
     from megatron_fipo.model.hf_config import megatron_arguments
 
     def defaults(parser):
@@ -88,10 +86,35 @@ def megatron_model(hf_dir: Path, *flags: str):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             args = parse_args(defaults)
-            args.padded_vocab_size = -(-args.vocab_size // 8) * 8
+            args.padded_vocab_size = -(-args.vocab_size // vocab_multiple) * vocab_multiple
             validate_args(args, {"tokenizer_type": "NullTokenizer"})
     finally:
         sys.argv = argv
-    model = [model_provider(args)()]
+    return args
+
+
+def megatron_model(hf_dir: Path, *flags: str):
+    """The Megatron model of an HF folder with its weights, as the list of chunks that Megatron's set-up returns."""
+    from megatron_fipo.checkpoint.hf import load_hf_weights
+    from megatron_fipo.model.build import model_provider
+
+    model = [model_provider(megatron_args(hf_dir, *flags))()]
     load_hf_weights(model, hf_dir)
     return model
+
+
+def trainer_log_probs(chunks, prompt, completion, temperature: float, vocab_size: int):
+    """The trainer's log-probs of a completion's tokens."""
+    from megatron_fipo.data.packing import PackedBatch
+    from megatron_fipo.model.logprob import packed_log_probs
+
+    tokens = torch.tensor([*prompt, *completion.tokens])
+    n = len(tokens) - 1
+    cu = torch.tensor([0, n], dtype=torch.int32)
+    one = torch.ones(1)
+    batch = PackedBatch(
+        tokens[:-1], tokens[1:], torch.arange(n), torch.ones(n, dtype=torch.bool), torch.zeros(n), None, one, None,
+        cu, cu, one.long(), one.long(),
+    )  # fmt: skip
+    with torch.no_grad():
+        return packed_log_probs(chunks[0], batch, temperature=temperature, vocab_size=vocab_size)[len(prompt) - 1 :]

@@ -6,7 +6,6 @@ with tests/ on PYTHONPATH. Prints one line for each case that agrees; the first 
 """
 
 import contextlib
-import io
 import logging
 import sys
 from datetime import timedelta
@@ -16,13 +15,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.training.arguments import parse_args, validate_args
-from tiny_models import LOCAL_FLAGS
+from tiny_models import megatron_args
 
 from megatron_fipo import compat
 from megatron_fipo.checkpoint.hf import load_hf_weights
 from megatron_fipo.model.build import model_provider
-from megatron_fipo.model.hf_config import megatron_arguments
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
@@ -53,16 +50,7 @@ LAYOUTS = {
 
 
 def parse(hf_dir: str, flags: str):
-    def defaults(parser):
-        parser.set_defaults(**megatron_arguments(hf_dir))
-        return parser
-
-    sys.argv = ["test", *LOCAL_FLAGS.split(), "--moe-token-dispatcher-type", "alltoall", *flags.split()]
-    with contextlib.redirect_stdout(io.StringIO()):
-        args = parse_args(defaults)
-        args.padded_vocab_size = 96
-        validate_args(args, {"tokenizer_type": "NullTokenizer"})
-    return args
+    return megatron_args(hf_dir, "--moe-token-dispatcher-type", "alltoall", *flags.split(), vocab_multiple=16)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ with tests/ and tests/unit/ on PYTHONPATH. Prints one line for each case that ag
 """
 
 import contextlib
-import io
 import logging
 import sys
 from pathlib import Path
@@ -15,16 +14,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.training.arguments import parse_args, validate_args
 from safetensors.torch import load_file
 from test_model_logprob import pack, random_sequences
-from tiny_models import LOCAL_FLAGS
+from tiny_models import megatron_args
 
 from megatron_fipo import compat
 from megatron_fipo.checkpoint.hf import export_hf_weights, global_parameters, hf_layout, load_hf_weights
 from megatron_fipo.checkpoint.hf_write import save_hf
 from megatron_fipo.model.build import model_provider
-from megatron_fipo.model.hf_config import megatron_arguments
 from megatron_fipo.model.logprob import packed_log_probs
 
 VOCAB = 93
@@ -65,15 +62,7 @@ def build(hf_dir: Path, tp: int = 1, pp: int = 1, vpp: int | None = None, ep: in
     flags += " --num-layers-per-virtual-pipeline-stage 1" if vpp else ""
     flags += " --sequence-parallel" if tp > 1 else ""
 
-    def defaults(parser):
-        parser.set_defaults(**megatron_arguments(hf_dir))
-        return parser
-
-    sys.argv = ["test", *LOCAL_FLAGS.split(), *flags.split()]
-    with contextlib.redirect_stdout(io.StringIO()):
-        args = parse_args(defaults)
-        args.padded_vocab_size = -(-VOCAB // 16) * 16
-        validate_args(args, {"tokenizer_type": "NullTokenizer"})
+    args = megatron_args(hf_dir, *flags.split(), vocab_multiple=16)
     chunks = []
     for stage in range(vpp or 1):
         where = {"ignore_virtual": vpp is None, "vp_stage": stage if vpp else None}

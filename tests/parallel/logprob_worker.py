@@ -6,7 +6,6 @@ with tests/ and tests/unit/ on PYTHONPATH. Prints one line for each case that ag
 """
 
 import contextlib
-import io
 import logging
 import sys
 
@@ -17,15 +16,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
-from megatron.training.arguments import parse_args, validate_args
 from test_model_logprob import pack, random_sequences
-from tiny_models import LOCAL_FLAGS
+from tiny_models import megatron_args
 
 from megatron_fipo import compat
 from megatron_fipo.checkpoint.hf import export_hf_weights, load_hf_weights
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.chunked_logprob import ALIGNMENT, TILE_BYTES, log_probs_of_labels
-from megatron_fipo.model.hf_config import megatron_arguments
 from megatron_fipo.model.logprob import packed_log_probs
 
 VOCAB, TEMPERATURE, TOKENS = 300, 0.7, 300
@@ -54,15 +51,7 @@ def model_parallel(tp: int = 1, pp: int = 1):
 
 
 def build(hf_dir: str, flags: str = ""):
-    def defaults(parser):
-        parser.set_defaults(**megatron_arguments(hf_dir))
-        return parser
-
-    sys.argv = ["test", *LOCAL_FLAGS.split(), *flags.split()]
-    with contextlib.redirect_stdout(io.StringIO()):
-        args = parse_args(defaults)
-        args.padded_vocab_size = -(-VOCAB // 16) * 16
-        validate_args(args, {"tokenizer_type": "NullTokenizer"})
+    args = megatron_args(hf_dir, *flags.split(), vocab_multiple=16)
     model = model_provider(args)(
         parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage(), pg_collection=None
     )

@@ -6,8 +6,8 @@ import pytest
 import torch
 from fleets import EOS, V, check_completions, fleet_of, generate, make_prompts
 from proxy import EVENT_FAULTS, STATUS_FAULTS, FaultyProxy
+from tiny_models import trainer_log_probs
 
-from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.engine import SamplingParams
 
@@ -26,21 +26,6 @@ def policy(request, servers, build_model, hf_model):
     return servers[request.param], build_model(folder), hf
 
 
-def trainer_log_probs(chunks, prompt, completion, temperature):
-    from megatron_fipo.model.logprob import packed_log_probs
-
-    tokens = torch.tensor([*prompt, *completion.tokens])
-    n = len(tokens) - 1
-    cu = torch.tensor([0, n], dtype=torch.int32)
-    one = torch.ones(1)
-    batch = PackedBatch(
-        tokens[:-1], tokens[1:], torch.arange(n), torch.ones(n, dtype=torch.bool), torch.zeros(n), None, one, None,
-        cu, cu, one.long(), one.long(),
-    )  # fmt: skip
-    with torch.no_grad():
-        return packed_log_probs(chunks[0], batch, temperature=temperature, vocab_size=V)[len(prompt) - 1 :]
-
-
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (0.6, 0.9)])
 def test_log_probs_equal_the_trainers(policy, temperature, top_p):
     servers, chunks, _ = policy
@@ -49,7 +34,7 @@ def test_log_probs_equal_the_trainers(policy, temperature, top_p):
     completions = generate(client_of(*servers), prompts, sampling)
     assert {c.finish_reason for c in completions} == {"stop", "length"} or len({len(c.tokens) for c in completions}) > 1
     for prompt, completion in zip(prompts, completions, strict=True):
-        wanted = trainer_log_probs(chunks, prompt, completion, temperature)
+        wanted = trainer_log_probs(chunks, prompt, completion, temperature, V)
         torch.testing.assert_close(torch.tensor(completion.logp), wanted, atol=1e-4, rtol=0)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from tiny_models import trainer_log_probs
 
-from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.rollout.engine import SamplingParams
 
 CASES = [("qwen2", True), ("qwen3", False)]
@@ -29,21 +29,6 @@ def engine(chunks, max_batch=64):
     return EmbeddedEngine(chunks, V, max_batch=max_batch, pad_id=0)
 
 
-def trainer_log_probs(chunks, prompt, completion, temperature):
-    from megatron_fipo.model.logprob import packed_log_probs
-
-    tokens = torch.tensor([*prompt, *completion.tokens])
-    n = len(tokens) - 1
-    cu = torch.tensor([0, n], dtype=torch.int32)
-    one = torch.ones(1)
-    batch = PackedBatch(
-        tokens[:-1], tokens[1:], torch.arange(n), torch.ones(n, dtype=torch.bool), torch.zeros(n), None, one, None,
-        cu, cu, one.long(), one.long(),
-    )  # fmt: skip
-    with torch.no_grad():
-        return packed_log_probs(chunks[0], batch, temperature=temperature, vocab_size=V)[len(prompt) - 1 :]
-
-
 def test_greedy_equals_transformers_token_for_token(policy):
     chunks, hf = policy
     prompts = make_prompts()
@@ -65,7 +50,7 @@ def test_log_probs_equal_the_trainers(policy, temperature, top_p):
     assert len({len(c.tokens) for c in completions}) > 1 or temperature == 0.0
     for prompt, completion in zip(prompts, completions, strict=True):
         assert len(completion.logp) == len(completion.tokens)
-        wanted = trainer_log_probs(chunks, prompt, completion, temperature or 1.0)
+        wanted = trainer_log_probs(chunks, prompt, completion, temperature or 1.0, V)
         torch.testing.assert_close(torch.tensor(completion.logp), wanted, atol=1e-4, rtol=0)
 
 

@@ -10,7 +10,6 @@ own. DIR of --out gets metrics.json and every response of a set in NAME.jsonl. T
 import argparse
 import json
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.engine import SamplingParams
-from megatron_fipo.session import load_model, megatron_log, open_engine
+from megatron_fipo.session import as_one_rank, load_model, megatron_log, open_engine
 
 
 def evaluate(args: argparse.Namespace, inputs: Inputs, out: Path) -> dict[str, Any] | None:
@@ -94,17 +93,6 @@ def describe(name: str, metrics: Mapping[str, float]) -> str:
     )
 
 
-def _without_launcher() -> None:
-    """One process needs no torchrun: say what it would have said."""
-    if "MASTER_ADDR" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {key: str(value) for key, value in (alone | {"MASTER_PORT": port}).items()}
-
-
 def main(argv: Sequence[str]) -> int:
     """Exit code: 0, or 2 for a mistake that the user can mend, told in one line on stderr."""
     own = argparse.ArgumentParser(prog="megatron_fipo.evaluate", add_help=False, allow_abbrev=False)
@@ -116,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     compat.install()
     try:
-        _without_launcher()
+        as_one_rank()
         if ours.out is None:
             raise UserError("--out is missing: give a new folder for metrics and responses")
         if (ours.out / "metrics.json").exists() and "--dry-run" not in rest:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,16 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         timer=timer,
         recorder=Recorder(folder, writer, console, timer, replicas, loss),
     )
+
+
+def as_one_rank() -> None:
+    """One process needs no torchrun: set what it would have set."""
+    if "RANK" in os.environ:
+        return
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {key: str(value) for key, value in (alone | {"MASTER_PORT": port}).items()}
 
 
 def start_megatron(args: argparse.Namespace) -> tuple[list[Any], Any, Any]:

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -228,15 +227,6 @@ def write_model(folder: Path, architecture: str, with_weights: bool) -> None:
         save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # Megatron's own random ones are used
 
 
-def as_one_rank() -> None:
-    """What torchrun would have set, if this was started without it."""
-    if "RANK" not in os.environ:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
 def quietly[T](call: Callable[..., T], *args: Any) -> T:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         return call(*args)
@@ -244,11 +234,12 @@ def quietly[T](call: Callable[..., T], *args: Any) -> T:
 
 def main() -> None:
     options, flags = parse()
-    as_one_rank()
     compat.install()
     from megatron_fipo.observe.environment import describe_environment
+    from megatron_fipo.session import as_one_rank
     from megatron_fipo.settings import cost_model
 
+    as_one_rank()
     torch.set_num_threads(options.threads)
     world = int(os.environ["WORLD_SIZE"])
     peer = world == 1 and not options.no_peer

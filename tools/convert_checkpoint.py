@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,8 +32,6 @@ compat.install()  # before anything of Megatron is used
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.training import checkpointing, training  # noqa: E402
-from megatron.training.global_vars import set_global_variables  # noqa: E402
-from megatron.training.initialize import initialize_megatron  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
@@ -47,6 +44,7 @@ from megatron_fipo.checkpoint.torch_dist_write import save_torch_dist  # noqa: E
 from megatron_fipo.errors import UserError  # noqa: E402
 from megatron_fipo.model.build import model_provider  # noqa: E402
 from megatron_fipo.model.hf_config import architecture, megatron_arguments  # noqa: E402
+from megatron_fipo.session import as_one_rank, initialize  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIDE_FILES = "hf"  # folder in an imported checkpoint
@@ -77,12 +75,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def build_model(hf_dir: Path, dtype: torch.dtype, flags: Sequence[str]) -> tuple[argparse.Namespace, list[Any]]:
     """Start Megatron in the layout of `flags`; its arguments and this rank's chunks with random weights."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    as_one_rank()
     parser = build_parser()
     parser.set_defaults(**platform_defaults() | architecture(hf_dir))
     parser.set_defaults(bf16=dtype is torch.bfloat16, no_save_optim=True, no_save_rng=True, finetune=True)
@@ -91,8 +84,7 @@ def build_model(hf_dir: Path, dtype: torch.dtype, flags: Sequence[str]) -> tuple
     args = parser.parse_args(list(flags))
     args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     validate_megatron(args)
-    set_global_variables(args, build_tokenizer=False)
-    initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
+    initialize(args)
     return args, training.get_model(model_provider(args), wrap_with_ddp=False)
 
 

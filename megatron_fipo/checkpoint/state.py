@@ -31,10 +31,10 @@ from megatron_fipo.checkpoint.integrity import (
     write_durably,
     write_manifest,
 )
+from megatron_fipo.checkpoint.torch_dist import TRACKER
 from megatron_fipo.errors import UserError
 
 _STATE_FILE = "rl_state.json"
-_TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
 _PARTIAL = "partial"
 
 
@@ -177,7 +177,7 @@ class Checkpoints:
             self._remove(target)
         move_durably(folder, target)
         step = _step_of(target)
-        write_durably(self._folder / _TRACKER, str(step))
+        write_durably(self._folder / TRACKER, str(step))
         earlier = [_folder_of(self._folder, s) for s in saved_steps(self._folder) if s <= step]
         whole = [p for p in earlier if p.resolve() not in self._damaged and not find_damage(p, contents=False)]
         for path in set(earlier) - set(whole[-self._keep_last :]):
@@ -239,8 +239,8 @@ def check_loadable(folder: str, *, finetune: bool) -> None:
     """Raises UserError if there is nothing to load: Megatron itself would go on with random weights."""
     path = Path(folder)
     if finetune and not _has_manifests(path):
-        if not (path / _TRACKER).is_file():
-            raise UserError(f"--load {folder} holds no Megatron checkpoint (no {_TRACKER}); give a checkpoints folder")
+        if not (path / TRACKER).is_file():
+            raise UserError(f"--load {folder} holds no Megatron checkpoint (no {TRACKER}); give a checkpoints folder")
     elif not whole_checkpoints(path):
         raise _none_whole(path, [(s, find_damage(_folder_of(path, s), contents=False)) for s in saved_steps(path)])
 

@@ -12,7 +12,7 @@ from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.evaluation.estimators import summarize
 from megatron_fipo.evaluation.voting import consensus
 from megatron_fipo.observe.console import Console
-from megatron_fipo.parallel.exchange import gather_rows
+from megatron_fipo.parallel.exchange import gather_in_turn
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rewards.response import Verdict
@@ -119,8 +119,7 @@ def _evaluate(
         truncated, failed = completion.finish_reason == "length", verdict.error is not None
         numbers = [verdict.correct, len(completion.tokens), truncated, failed, majorities[i // samples]]
         rows[i // samples, i % samples] = torch.tensor(numbers, dtype=torch.float64)
-    gathered = gather_rows(rows.to(replicas.device), replicas.group).cpu().unflatten(0, (replicas.size, len(rows)))
-    table = gathered.transpose(0, 1).flatten(0, 1)[:count].numpy()  # replica r had every size-th prompt from r on
+    table = gather_in_turn(rows.to(replicas.device), count, replicas.group).numpy()
     metrics = summarize(
         table[..., 0].astype(bool),
         table[..., 1].astype(np.int64),

@@ -61,9 +61,10 @@ def groups_on_device(
     cu_seqlens: tuple[int, ...], context: tuple[int, int], call_cost: float, device: torch.device
 ) -> list[PaddedGroup]:
     """`groups_of_sequences`, or with `context`, (rank, size), of more than one rank `groups_of_runs`, on `device`."""
-    rank, size = context
-    alone = size == 1
-    groups = groups_of_sequences(cu_seqlens, call_cost) if alone else groups_of_runs(cu_seqlens, rank, size, call_cost)
+    if context[1] > 1:
+        groups = groups_of_runs(cu_seqlens, *context, call_cost)
+    else:
+        groups = groups_of_sequences(cu_seqlens, call_cost)
     return [group.to(device) for group in groups]
 
 

@@ -8,11 +8,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Concatenate every replica's ``rows`` [n, ...] (same shape everywhere) in replica order: [replicas * n, ...]."""
+def gather_in_turn(rows: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    """[count, ...]: the rows of ``count`` items, of which replica r of n holds every n-th from r on; on the CPU.
+
+    ``rows`` [ceil(count / n), ...] has the same shape on every replica; what the last, uneven turn lacks is padding.
+    """
     gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
     dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
-    return gathered
+    return gathered.cpu().unflatten(0, (group.size(), rows.shape[0])).transpose(0, 1).flatten(0, 1)[:count]
 
 
 def send_to_replicas[T](

@@ -16,7 +16,7 @@ from megatron_fipo.data.prompts import Prompt, PromptStream
 from megatron_fipo.data.samples import Sample
 from megatron_fipo.errors import UserError
 from megatron_fipo.loss.advantage import overlong_penalty
-from megatron_fipo.parallel.exchange import gather_rows
+from megatron_fipo.parallel.exchange import gather_in_turn
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.response import Verdict
 from megatron_fipo.rollout.engine import Completion, Generates, SamplingParams
@@ -98,13 +98,10 @@ def groups_to_generate(missing: int, contrast_rate: float, settings: CollectSett
 
 def _gathered(groups: list[list[tuple[Sample, bool]]], count: int, group_size: int, replicas: Replicas) -> Tensor:
     """The rows of all ``count`` groups in the order of their prompts, fp64 [count, group_size, columns]."""
-    share = math.ceil(count / replicas.size)
-    rows = torch.zeros(share, group_size, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
+    rows = torch.zeros(math.ceil(count / replicas.size), group_size, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
     for i, group in enumerate(groups):
         rows[i] = torch.tensor([GeneratedSamples.row(sample, failed) for sample, failed in group])
-    shares = gather_rows(rows.to(replicas.device), replicas.group).cpu()
-    # Replica r generated every size-th prompt from r on; the padding of the last, uneven round ends up behind.
-    return shares.unflatten(0, (replicas.size, share)).transpose(0, 1).flatten(0, 1)[:count]
+    return gather_in_turn(rows.to(replicas.device), count, replicas.group)
 
 
 def _generate(

@@ -27,6 +27,7 @@ from megatron_fipo.loss import CorrectionConfig, FipoConfig
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.observe.console import Console
+from megatron_fipo.observe.efficiency import Efficiency, peak_flops
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.observe.timers import PhaseTimer
 from megatron_fipo.observe.writers import MetricWriter
@@ -37,7 +38,7 @@ from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.settings import collect_settings, correction_config, loss_config, planner
+from megatron_fipo.settings import collect_settings, correction_config, cost_model, loss_config, planner
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         answers=inputs.answers,
         console=console,
         timer=timer,
-        recorder=Recorder(folder, writer, console, timer, replicas, loss),
+        recorder=Recorder(folder, writer, console, timer, replicas, loss, _efficiency(args), inputs.answers.tokenizer),
     )
 
 
@@ -180,6 +181,12 @@ def open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], 
 
     fleet = factory.open_fleet(args, folder.path / "sglang")
     return factory.open_engine(args, fleet, factory.open_weight_sync(args, chunks, fleet), replicas)
+
+
+def _efficiency(args: argparse.Namespace) -> Efficiency:
+    precision = "fp8" if args.fp8 else "bf16" if args.bf16 else "fp32"
+    peak = peak_flops(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
+    return Efficiency(cost_model(args), args.world_size, args.max_tokens_per_microbatch, peak)
 
 
 def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) -> MetricWriter:

@@ -58,7 +58,11 @@ class FipoOutput:
     def statistics(self) -> LossStatistics:
         """Mergeable over micro-batches and ranks."""
         return LossStatistics.of(
-            self.token_statistics_K, self.ratios, loss_sum=self.loss_sum.detach(), normalizer=self.normalizer
+            self.token_statistics_K,
+            self.ratios,
+            self.weights_T,
+            loss_sum=self.loss_sum.detach(),
+            normalizer=self.normalizer,
         )
 
     @cached_property

@@ -23,8 +23,8 @@ HISTOGRAM_BINS = 8191  # odd: d = 0 is the centre of the middle bin
 _HALF = HISTOGRAM_BINS // 2
 _BIN_WIDTH = math.asinh(20.0 / HISTOGRAM_SCALE) / _HALF
 
-# what the token pass sums, then what the loss knows beside it
-SUMS = (*TOKEN_SUMS, "normalizer", "loss")
+# what the token pass sums, then what the loss knows beside it; the advantages are summed over response tokens
+SUMS = (*TOKEN_SUMS, "normalizer", "loss", "advantage", "weighted_advantage")
 _SIGNS = ("negative", "positive")
 
 QUANTILES = {
@@ -97,12 +97,14 @@ class LossStatistics:
 
     @classmethod
     def of(
-        cls, token_statistics_K: Tensor, ratios: RatioTerms, *, loss_sum: Tensor, normalizer: Tensor
+        cls, token_statistics_K: Tensor, ratios: RatioTerms, weight_T: Tensor, *, loss_sum: Tensor, normalizer: Tensor
     ) -> "LossStatistics":
-        """From the statistics of a token pass; loss_sum / normalizer is the loss, both add up over the parts."""
+        """From the statistics of a token pass and its f [T]; loss_sum / normalizer is the loss, both add up."""
         sums, minima, maxima = token_statistics_K.split([len(TOKEN_SUMS), len(EXTREMA), len(EXTREMA)])
+        advantage_T = ratios.advantage_T.double()
+        beside = [normalizer.double(), loss_sum.double(), advantage_T.sum(), (advantage_T * weight_T).sum()]
         return cls(
-            sums=torch.cat([sums, torch.stack([normalizer.double(), loss_sum.double()])]),
+            sums=torch.cat([sums, torch.stack(beside)]),
             minima=minima.clone(),
             maxima=maxima.clone(),
             histograms=_histograms(
@@ -153,6 +155,15 @@ class LossStatistics:
         }
         return {f"actor/{name}": value for name, value in values.items()} | {
             "fipo/active_fraction": sums["active"] / tokens
+        }
+
+    def mean_advantage(self) -> dict[str, float]:
+        """Of a response token, which weighs responses by their length; A alone, and A f."""
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        tokens = max(sums["tokens"], 1.0)
+        return {
+            "advantage/length_weighted_mean": sums["advantage"] / tokens,
+            "advantage/length_weighted_mean_with_f": sums["weighted_advantage"] / tokens,
         }
 
     def _histogram_quantiles(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from megatron_fipo.observe import alarms
 from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.efficiency import Efficiency, peak_memory
 from megatron_fipo.observe.influence import best_and_worst, gather_weights, sample_record
+from megatron_fipo.observe.overview import overview
 from megatron_fipo.observe.run_data import headline, load_run
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.observe.step_metrics import loss_metrics, policy_metrics, rollout_metrics, staleness
@@ -133,7 +134,7 @@ class Recorder:
         self._folder.write_summary(summary)
         report = write_report([replace(run, summary=summary)], self._folder.report)
         answers = [sample for sample in run.samples if sample["when"] in ("before", "after")]
-        self._console.finish(summary, answers, report)
+        self._console.finish(summary, overview(run), answers, report)
 
     def _show(self, evaluation: Evaluation) -> None:
         for name in dict.fromkeys(key.split("/")[1] for key in evaluation.metrics):

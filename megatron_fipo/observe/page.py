@@ -133,8 +133,8 @@ def _tiles(run: RunData) -> str:
 
 
 def _comparison(runs: Sequence[RunData]) -> str:
-    titles = ("accuracy before", "after", "greedy before", "after", "length", "active", "tokens/s")
-    titles += ("steps", "time", "seed", "alarms")
+    titles = ["accuracy before", "after", "greedy before", "after", "length", "active", "tokens/s"]
+    titles += ["steps", "time", "seed", "alarms"]
     head = "<th>run</th>" + "".join(f'<th class="number">{title}</th>' for title in titles)
     rows = []
     for i, run in enumerate(runs):

@@ -36,7 +36,7 @@ def token_weights(run: RunData) -> str:
 
 def _response(sample: Mapping[str, Any], scale: float) -> str:
     verdict = "right" if sample["correct"] else "wrong"
-    spans = "".join(map(lambda piece: _span(*piece, scale), _runs(sample["pieces"], sample["influence"])))
+    spans = "".join(_span(text, f, scale) for text, f in _runs(sample["pieces"], sample["influence"]))
     left_out = f' <span class="note">{sample["tokens_left_out"]:,} more</span>' if sample["tokens_left_out"] else ""
     return (
         f'<div class="response"><div class="note">reward {sample["reward"]:.3g}, '

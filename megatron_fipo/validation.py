@@ -53,7 +53,6 @@ _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
     "--exit-": "a run ends after --num-steps, and on SIGTERM or SIGUSR1 with all it has",
     "--non-persistent-": "use --save-interval and --keep-last",
-    "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--fp8-": "FP8 training is not supported yet; leave it out",
     "--fp4-": "FP4 training is not supported yet; leave it out",
@@ -126,10 +125,22 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
         raise UserError("--eval-data is missing: give at least one set, for example aime24:aime24.jsonl:32")
     if training and not args.prompt_data and not args.train_from_rollouts:
         raise UserError("--prompt-data is missing: give at least one file of prompts")
+    _check_trackers(args)
     _check_prompts(args)
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
     _check_save_hf(args)
+
+
+def _check_trackers(args: argparse.Namespace) -> None:
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"--wandb-project {args.wandb_project}: Weights & Biases is not installed; run "
+            f"pip install 'megatron-fipo[wandb]', or leave it out"
+        )
+    for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
+        if getattr(args, name) and not args.wandb_project:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} needs --wandb-project")
 
 
 def _check_prompts(args: argparse.Namespace) -> None:

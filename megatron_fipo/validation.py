@@ -117,6 +117,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_algorithm(args)
     _check_parallel(args)
     _check_engine(args)
+    _check_trackers(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
     if not args.hf_model:
@@ -125,7 +126,6 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
         raise UserError("--eval-data is missing: give at least one set, for example aime24:aime24.jsonl:32")
     if training and not args.prompt_data and not args.train_from_rollouts:
         raise UserError("--prompt-data is missing: give at least one file of prompts")
-    _check_trackers(args)
     _check_prompts(args)
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)

@@ -179,8 +179,9 @@ def _mapped_tensor(file: IO[bytes], mapped: mmap.mmap, offset: int, length: int)
     if not isinstance(found, Tensor):
         return found
     storage = found.untyped_storage()
-    count = storage.nbytes() // found.dtype.itemsize
-    numbers = torch.frombuffer(mapped, dtype=found.dtype, count=count, offset=offset + storage._checkpoint_offset)
+    assert storage._checkpoint_offset is not None, "torch.load sets it under FakeTensorMode"
+    start, count = offset + storage._checkpoint_offset, storage.nbytes() // found.dtype.itemsize
+    numbers = torch.frombuffer(mapped, dtype=found.dtype, count=count, offset=start)
     return numbers.as_strided(found.shape, found.stride(), found.storage_offset())
 
 

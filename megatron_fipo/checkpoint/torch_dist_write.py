@@ -102,7 +102,8 @@ def _write(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, _Entr
     """Write tensors one after the other, each as torch.save does; where they are, by name."""
     entries = {}
     # torch.load never looks at the checksums inside, and computing them takes as long as writing a quarter of the file.
-    with open(path, "wb") as file, serialization.patch("save.compute_crc32", False):
+    no_checksums = serialization.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
+    with open(path, "wb") as file, no_checksums:
         for name, tensor in tensors:
             start = file.tell()
             torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), file)

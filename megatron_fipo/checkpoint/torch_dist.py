@@ -171,7 +171,7 @@ class TorchDistWeights:
         return tensor
 
 
-def _mapped_tensor(file: IO[bytes], mapped: mmap.mmap, offset: int, length: int) -> Any:
+def _mapped_tensor(file: io.BufferedReader, mapped: mmap.mmap, offset: int, length: int) -> Any:
     """What torch.save wrote at ``offset``; a tensor's numbers are not read, they stay those of the mapped file."""
     with FakeTensorMode():  # torch.load then leaves the numbers out and tells where they are
         stored = cast(IO[bytes], _create_file_view(file, offset, length))

@@ -7,6 +7,7 @@ recompute log-probs, update several times, publish the weights.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -155,14 +156,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
         run = open_session(args, inputs)
         run.console.banner(banner(args) | {"prompts": str(inputs)})
-        try:
-            if args.rollout_only:
-                write_rollouts(run, args)
-            else:
-                train(run, args)
-        except Interrupted:
-            run.console.note("stopped by a signal; what was finished is saved")
-        run.engine.close()
+        with contextlib.closing(run.engine):
+            try:
+                if args.rollout_only:
+                    write_rollouts(run, args)
+                else:
+                    train(run, args)
+            except Interrupted:
+                run.console.note("stopped by a signal; what was finished is saved")
         dist.destroy_process_group()
     except UserError as error:
         # Before the start every rank of a node finds the same mistake; later perhaps one of them alone.

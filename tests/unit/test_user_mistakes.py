@@ -36,6 +36,7 @@ FLAGS = [
     ("--global-batch-size 100", "--global-batch-size 100 is no multiple of --grpo-group-size 8"),
     ("--global-batch-size 512", "lower --global-batch-size to at most 256"),
     ("--rollout-temperature 0", "greedy rollouts have no contrast"),
+    ("--cp-comm-type a2a", "--cp-comm-type a2a is TransformerEngine's choice"),
     ("--eval-top-p 0", "--eval-top-p 0.0 must be in (0, 1]"),
     ("--eval-top-p 95", "--eval-top-p 95.0 must be in (0, 1]"),
     ("--rollout-max-tokens 0", "--rollout-max-tokens 0 must be at least 1"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.evaluation.accuracy import Evaluation
-from megatron_fipo.loss import FipoConfig, LossStatistics
+from megatron_fipo.loss import LossConfig, LossStatistics
 from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_data import headline, load_run
 from megatron_fipo.observe.run_folder import RunFolder
@@ -34,7 +34,7 @@ class Recorder:
         console: Console,
         timer: PhaseTimer,
         replicas: Replicas,
-        loss: FipoConfig,
+        loss: LossConfig,
     ):
         self._folder, self._writer, self._console = folder, writer, console
         self._timer, self._replicas, self._loss = timer, replicas, loss
@@ -61,7 +61,7 @@ class Recorder:
         """One finished step; collective over the replicas."""
         statistics = reduce_statistics([statistics for statistics, _ in results], self._replicas)
         micro_batches = [batch for update in updates for batch in update]
-        policy = policy_metrics(micro_batches, entropy_sum, self._loss, self._replicas)
+        policy = policy_metrics(micro_batches, entropy_sum, self._loss.influence, self._replicas)
         if self._writer is None:
             return
         times = self._timer.take()
@@ -71,7 +71,7 @@ class Recorder:
             **rollout_metrics(rollout),
             **policy,
             **correction,
-            **loss_metrics(statistics, [norm for _, norm in results]),
+            **loss_metrics(statistics, [norm for _, norm in results], self._loss),
             "actor/lr": learning_rate,
             **throughput(rollout, times),
             **times,

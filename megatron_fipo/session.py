@@ -23,9 +23,10 @@ from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.inputs import Inputs
-from megatron_fipo.loss import CorrectionConfig, FipoConfig
+from megatron_fipo.loss import AdvantageConfig, CorrectionConfig, LossConfig
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
+from megatron_fipo.model.reference import ReferenceWeights
 from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.observe.timers import PhaseTimer
@@ -37,7 +38,7 @@ from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.settings import collect_settings, correction_config, loss_config, planner
+from megatron_fipo.settings import advantage_config, collect_settings, correction_config, loss_config, planner
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Session:
     state: LoopState
     stream: PromptStream
     collect: CollectSettings
-    loss: FipoConfig
+    loss: LossConfig
+    advantage: AdvantageConfig
+    reference: ReferenceWeights | None
     correction: CorrectionConfig
     plan: Callable[[Sequence[int]], list[UpdatePlan]]
     eval_sets: tuple[EvaluationSet, ...]
@@ -85,14 +88,18 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
     stream.cursor = state.prompt_cursor
     replicas = Replicas.current()
     timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+    policy = Policy(
+        chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
+    )
+    reference = None
+    if args.grpo_kl_beta and not args.rollout_only:
+        reference = ReferenceWeights(chunks, args.reference_model or args.hf_model)
     loss = loss_config(args)
     records = first and not args.rollout_only
     writer = _open_writer(args, folder, state) if records else None
     stop = inputs.answers.stop_token_ids
     return Session(
-        policy=Policy(
-            chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
-        ),
+        policy=policy,
         engine=open_engine(args, folder, chunks, replicas),
         replicas=replicas,
         checkpoints=checkpoints,
@@ -101,6 +108,8 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         stream=stream,
         collect=collect_settings(args, stop),
         loss=loss,
+        advantage=advantage_config(args),
+        reference=reference,
         correction=correction_config(args),
         plan=planner(args),
         eval_sets=inputs.eval_sets,

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 -m megatron_fipo.train --preset fipo-32b --hf-model DIR --prompt-data FILE
 
-One step: generate groups until enough of them have contrast, turn rewards into advantages, plan who trains on what,
-recompute log-probs, update several times, publish the weights.
+One step: generate groups until enough of them have contrast, plan who trains on what, recompute log-probs, turn rewards
+into advantages, update several times, publish the weights.
 """
 
 import argparse
@@ -17,15 +17,16 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from megatron_fipo import compat
-from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
+from megatron_fipo.arguments import parse_arguments
+from megatron_fipo.arithmetic import banner, batch_arithmetic
 from megatron_fipo.checkpoint.hf_write import save_hf
 from megatron_fipo.checkpoint.state import LoopState
+from megatron_fipo.data.advantages import add_advantages
 from megatron_fipo.data.batches import make_micro_batches
 from megatron_fipo.data.correction import correct_updates
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.inputs import read_inputs
-from megatron_fipo.loss import group_advantage
 from megatron_fipo.parallel.interruption import Interrupted
 from megatron_fipo.rollout.collect import OutOfContrast, collect, groups_to_generate
 from megatron_fipo.rollout.interruptible import InterruptibleEngine
@@ -61,14 +62,17 @@ def train(run: Session, args: argparse.Namespace) -> None:
             break
         run.engine.sleep()
 
-        advantage_S = group_advantage(rollout.reward_S, rollout.group_ids_S)
         plan = run.plan(rollout.packed_length_S.tolist())
-        updates = make_micro_batches(plan, rollout, advantage_S, run.loss, run.replicas)
+        updates = make_micro_batches(plan, rollout, run.loss, run.replicas)
 
         learning_rate = run.policy.advance_schedule(args.global_batch_size)
         with run.timer("old_logp"):
             updates, entropy_sum = run.policy.add_old_log_probs(updates)
             updates, correction = correct_updates(updates, plan, rollout, run.correction, run.loss, run.replicas)
+        if run.reference:
+            with run.timer("reference"):
+                updates = run.policy.add_reference_log_probs(updates, run.reference)
+        updates, penalty = add_advantages(updates, rollout, run.advantage, run.replicas)
         with run.timer("update"), run.console.progress("update", len(updates) * args.grpo_iterations) as progress:
             results = []
             for micro_batches in updates * args.grpo_iterations:
@@ -81,7 +85,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         due = step % args.eval_interval == 0 or step == args.num_steps
         # Asked to stop, a run saves at once: an evaluation may take longer than the signal leaves.
         evaluation = evaluate(run) if due and not run.interruption.received() else None
-        run.recorder.step(step, rollout, updates, entropy_sum, correction, results, learning_rate, evaluation)
+        run.recorder.step(step, rollout, updates, entropy_sum, correction | penalty, results, learning_rate, evaluation)
         state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)

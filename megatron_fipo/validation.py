@@ -11,8 +11,9 @@ from pathlib import Path
 from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import uses_transformer_engine
+from megatron_fipo.model.hf_config import architecture
 from megatron_fipo.rewards.functions import parse_terms
-from megatron_fipo.settings import correction_config, loss_config
+from megatron_fipo.settings import advantage_config, correction_config, kl_estimator, loss_config
 
 _REFUSED = {
     "--perform-rl-step": "megatron_fipo runs its own loop; leave it out",
@@ -74,6 +75,7 @@ _PRETRAINING_DATA = (
 )
 _POSITIVE = (
     "grpo_prompts_per_step",
+    "grpo_group_size",
     "grpo_iterations",
     "global_batch_size",
     "num_steps",
@@ -90,6 +92,17 @@ _POSITIVE = (
     "context_parallel_size",
     "expert_model_parallel_size",
 )
+
+
+# What a loss reads of --fipo-*; fipo reads them all.
+_FIPO_FLAGS: dict[str, tuple[str, ...]] = {
+    "dapo": ("--fipo-semantics", "--fipo-dual-clip"),
+    "grpo": (),
+    "gspo": (),
+    "cispo": (),
+    "reinforce++": (),
+}
+_FREE_IN_A_REFERENCE = {"max_position_embeddings", "init_method_std"}
 
 
 def check_command_line(argv: Sequence[str]) -> None:
@@ -188,8 +201,15 @@ def _check_save_hf(args: argparse.Namespace) -> None:
 
 def _check_batch(args: argparse.Namespace) -> None:
     group, prompts, update = args.grpo_group_size, args.grpo_prompts_per_step, args.global_batch_size
-    if group < 2:
-        raise UserError(f"--grpo-group-size {group}: an advantage is relative to its group; use at least 2")
+    if group < 2 and args.advantage != "batch":
+        raise UserError(
+            f"--grpo-group-size {group}: --advantage {args.advantage} is relative to the group; use at least 2, or "
+            "--advantage batch"
+        )
+    if group < 2 and args.rollout_dynamic_sampling:
+        raise UserError(
+            f"--grpo-group-size {group}: one response is never both right and wrong; add --no-rollout-dynamic-sampling"
+        )
     samples = prompts * group
     if update % group:
         raise UserError(
@@ -218,13 +238,13 @@ def _check_batch(args: argparse.Namespace) -> None:
 
 
 def _check_algorithm(args: argparse.Namespace) -> None:
-    if args.grpo_kl_beta or args.grpo_entropy_term_weight:
-        raise UserError("--grpo-kl-beta and --grpo-entropy-term-weight are not supported yet; leave them at 0")
-    if not 0 <= args.fipo_weight_low <= 1 <= args.fipo_weight_high:
+    _check_loss_flags(args)
+    if args.loss == "fipo" and not 0 <= args.fipo_weight_low <= 1 <= args.fipo_weight_high:
         raise UserError(
             f"--fipo-weight-low {args.fipo_weight_low} and --fipo-weight-high {args.fipo_weight_high} must enclose 1"
         )
     loss_config(args)
+    advantage_config(args)
     correction_config(args)
     if not args.rollout_temperature > 0:
         raise UserError(
@@ -240,6 +260,39 @@ def _check_algorithm(args: argparse.Namespace) -> None:
             f"--reward-overlong-buffer {args.reward_overlong_buffer} must be less than "
             f"--rollout-max-tokens {args.rollout_max_tokens}"
         )
+
+
+def _check_loss_flags(args: argparse.Namespace) -> None:
+    """Flags that the chosen loss would not read, and terms beside the policy gradient."""
+    given = [word.split("=")[0] for word in args.command_line]
+    for flag in given:
+        if flag.startswith("--fipo-") and flag not in _FIPO_FLAGS.get(args.loss, (flag,)):
+            raise UserError(f"{flag} says nothing about --loss {args.loss}; leave it out, or use --loss fipo")
+    for flag, value in (
+        ("--grpo-kl-beta", args.grpo_kl_beta),
+        ("--grpo-entropy-term-weight", args.grpo_entropy_term_weight),
+    ):
+        if not 0 <= value < math.inf:
+            raise UserError(f"{flag} {value} must be a finite number from 0 up")
+    if args.advantage != "batch" and "--return-gamma" in given:
+        raise UserError(f"--return-gamma is for --advantage batch, not {args.advantage}; leave it out")
+    if not args.grpo_kl_beta:
+        for flag in ("--reference-model", "--kl-estimator", "--kl-in"):
+            if flag in given:
+                raise UserError(f"{flag} needs a KL to the reference model; give its weight with --grpo-kl-beta")
+        return
+    if args.kl_in == "loss" and kl_estimator(args) == "k1":
+        raise UserError(
+            "--kl-estimator k1 has no gradient in expectation as a term of the loss; use k2 or k3, or --kl-in reward"
+        )
+    if args.reference_model and args.hf_model:
+        own, other = architecture(args.hf_model), architecture(args.reference_model)
+        for name in own.keys() - _FREE_IN_A_REFERENCE:
+            if own[name] != other.get(name):
+                raise UserError(
+                    f"--reference-model {args.reference_model} has {name} {other.get(name)} where --hf-model has "
+                    f"{own[name]}; give a model of the same architecture"
+                )
 
 
 def model_parallel_size(args: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def measure_ours(args: argparse.Namespace, policy: Any, samples: list[dict[str, 
     from megatron_fipo.settings import loss_config, planner
 
     replicas, loss, rollout = Replicas.current(), loss_config(args), make_rollout(samples)
-    advantage_S = torch.tensor([s["advantage"] for s in samples])
+    advantage_S = torch.tensor([s["advantage"] for s in samples], device=replicas.device)
     plan_of = planner(args)
     seconds: dict[str, list[float]] = {"plan": [], "old_logp": [], "update": []}
 
@@ -151,9 +152,12 @@ def measure_ours(args: argparse.Namespace, policy: Any, samples: list[dict[str, 
     for _ in range(steps + 1):  # the first warms up
         with phase("plan"):
             plan = plan_of(rollout.packed_length_S.tolist())
-            updates = make_micro_batches(plan, rollout, advantage_S, loss, replicas)
+            updates = make_micro_batches(plan, rollout, loss, replicas)
         with phase("old_logp"):
             updates, _ = policy.add_old_log_probs(updates)
+        updates = [
+            [replace(batch, advantage_S=batch.of_samples(advantage_S)) for batch in update] for update in updates
+        ]
         with phase("update"):
             for micro_batches in updates:
                 policy.update(micro_batches, loss)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.data.packing import PackedBatch
-from megatron_fipo.loss import FipoConfig, LossStatistics
+from megatron_fipo.loss import FipoConfig, LossConfig, LossStatistics
 from megatron_fipo.loss.metrics import HISTOGRAM_BINS, log_ratio_bin, log_ratio_of_bin
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.rollout import Rollout
@@ -41,7 +41,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def policy_metrics(
-    micro_batches: Sequence[PackedBatch], entropy_sum: Tensor, loss: FipoConfig, replicas: Replicas
+    micro_batches: Sequence[PackedBatch], entropy_sum: Tensor, influence: FipoConfig | None, replicas: Replicas
 ) -> dict[str, float]:
     """Entropy, and the gap between the log-probs of engine and trainer, over all response tokens of the step.
 
@@ -49,7 +49,8 @@ def policy_metrics(
     nothing. Collective over all ranks.
 
     ``mismatch/kl`` is the k3 estimate of KL(engine || trainer); the quantiles of the absolute gap come from a histogram
-    with the error that ``loss/metrics.py`` states. ``fipo/noise_gain`` is what the scan makes of
+    with the error that ``loss/metrics.py`` states. ``influence`` are the settings of FIPO's weights, None for a loss
+    without: ``fipo/noise_gain`` is what the scan makes of
     independent noise on each log-prob; ``fipo/noise_budget`` the noise per token that would reach the clip edge.
     """
     gap = torch.cat([_engine_gap(batch) for batch in micro_batches])
@@ -59,15 +60,17 @@ def policy_metrics(
     worst = torch.cat([gap.abs(), gap.new_zeros(1)]).max()
     worst = replicas.all_reduce_pieces(worst, torch.distributed.ReduceOp.MAX)
     counts = replicas.all_reduce_pieces(torch.bincount(log_ratio_bin(gap.abs()), minlength=HISTOGRAM_BINS))
-    gain = 1 / math.sqrt(1 - 2 ** (-2 / loss.half_life))
+    noise = {}
+    if influence is not None:
+        gain = 1 / math.sqrt(1 - 2 ** (-2 / influence.half_life))
+        noise = {"fipo/noise_gain": gain, "fipo/noise_budget": math.log(influence.weight_high) / gain}
     return {
         "actor/entropy": entropy / tokens,
         "mismatch/kl": kl / tokens,
         "mismatch/rms": math.sqrt(square / tokens),
         **{f"mismatch/{name}": min(_quantile(counts, q), worst.item()) for name, q in _GAP_QUANTILES.items()},
         "mismatch/max": worst.item(),
-        "fipo/noise_gain": gain,
-        "fipo/noise_budget": math.log(loss.weight_high) / gain,
+        **noise,
     }
 
 
@@ -84,14 +87,15 @@ def _engine_gap(batch: PackedBatch) -> Tensor:
     return (batch.old_logp_T - batch.rollout_logp_T)[batch.response_mask_T].double()
 
 
-def loss_metrics(updates: Sequence[LossStatistics], grad_norms: Sequence[float]) -> dict[str, Any]:
+def loss_metrics(updates: Sequence[LossStatistics], grad_norms: Sequence[float], loss: LossConfig) -> dict[str, Any]:
     """Of the whole step, its updates merged (the gradient norm: their mean), and of each update under "updates"."""
     whole = functools.reduce(LossStatistics.merge, updates)
     return {
-        **whole.metrics(),
+        **whole.metrics_of(loss),
         "actor/grad_norm": sum(grad_norms) / len(grad_norms),
         "updates": [
-            {**update.metrics(), "actor/grad_norm": norm} for update, norm in zip(updates, grad_norms, strict=True)
+            {**update.metrics_of(loss), "actor/grad_norm": norm}
+            for update, norm in zip(updates, grad_norms, strict=True)
         ],
     }
 

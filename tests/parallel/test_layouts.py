@@ -60,6 +60,22 @@ DENSE = {
     "one micro-batch": (1, "--max-tokens-per-microbatch 4096"),
     "many micro-batches": (1, "--max-tokens-per-microbatch 1"),
 }
+# Against a reference model that is not the one that training starts from.
+GSPO = "--loss gspo --grpo-clamp-eps-lower 0.01 --grpo-clamp-eps-upper 0.02"
+REINFORCE = "--loss reinforce++ --return-gamma 0.97 --grpo-kl-beta 0.05 --reference-model {reference}"
+PENALTIES = "--grpo-kl-beta 0.2 --grpo-entropy-term-weight 0.05 --reference-model {reference}"
+OTHER_LOSSES = {
+    "gspo": (1, GSPO),
+    "gspo TP2 CP2": (4, f"{GSPO} {TP} 2 {SP} {CP} 2"),
+    "cispo": (1, "--loss cispo --grpo-clamp-eps-upper 0.05 --advantage leave-one-out"),
+    "cispo PP2 CP2": (4, f"--loss cispo --grpo-clamp-eps-upper 0.05 --advantage leave-one-out {PP} 2 {CP} 2"),
+    "reinforce++": (1, REINFORCE),
+    "reinforce++ CP2 DP2": (4, f"{REINFORCE} {CP} 2"),
+    "reinforce++ PP2": (2, f"{REINFORCE} {PP} 2"),
+    "penalties": (1, PENALTIES),
+    "penalties TP2 CP2": (4, f"{PENALTIES} {TP} 2 {SP} {CP} 2"),
+    "penalties PP2 DP2": (4, f"{PENALTIES} {PP} 2 --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4096"),
+}
 # Saved after one step in one layout, continued in another; a case on all ranks lets the savers finish first.
 RESHARDED = {
     "two steps": (1, "--num-steps 2"),
@@ -104,7 +120,9 @@ def run_name(case: str) -> str:
     return case.replace(" ", "_")
 
 
-def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -> dict[str, tuple[dict, dict]]:
+def run_cases(
+    folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]], reference: Path | None = None
+) -> dict[str, tuple[dict, dict]]:
     """Train every layout on folder/rollouts; {name: (metrics of the last step, exported weights)}."""
     cases = {
         name: {
@@ -113,7 +131,7 @@ def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -
                 *f"--hf-model {hf_dir} --train-from-rollouts {folder / 'rollouts'} --runs-dir {folder}".split(),
                 *("--run-name", run_name(name), "--save-hf", str(folder / run_name(name) / "hf")),
                 *FLAGS.split(),
-                *flags.format(runs=folder).split(),
+                *flags.format(runs=folder, reference=reference).split(),
             ],
         }
         for name, (ranks, flags) in layouts.items()
@@ -146,7 +164,7 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
         [metrics, *metrics["updates"]], [expected_metrics, *expected_metrics["updates"]], strict=True
     ):
         for key, value in reference.items():
-            if key.startswith(("actor/", "fipo/", "mismatch/", "correction/")):
+            if key.startswith(("actor/", "fipo/", "mismatch/", "correction/", "reward/")):
                 # Quantiles come from histograms: a value may fall into the neighbouring bin.
                 bin_width = 3e-3 if "_p" in key or "median" in key else 0.0
                 assert update[key] == pytest.approx(value, rel=tolerance + bin_width, abs=tolerance), (name, key)
@@ -164,9 +182,10 @@ def dense(megatron, hf_model, tmp_path_factory):
     for step in (1, 2):
         written_rollout(runs / "rollouts", step)
     written_rollout(runs / "few", 1, number=4, size=2)
+    reference, _ = hf_model("qwen3", tied=False, num_hidden_layers=4, seed=1)
     tied, _ = hf_model("qwen2", tied=True, num_hidden_layers=4)
     (runs / "tied").symlink_to(tied)
-    return run_cases(runs, folder, DENSE | TIED | RESHARDED | BF16)
+    return run_cases(runs, folder, DENSE | TIED | OTHER_LOSSES | RESHARDED | BF16, reference)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +209,24 @@ def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
     check_equal(
         dense[layout], dense[kind if kind in ("group", "sequence", "corrected", "few", "tied") else "one"], layout
     )
+
+
+@pytest.mark.parametrize("layout", [name for name in OTHER_LOSSES if " " in name])
+def test_other_losses_train_alike_in_every_layout(layout, dense):
+    check_equal(dense[layout], dense[layout.split()[0]], layout)
+
+
+def test_other_losses_are_other_losses(dense):
+    """They act on the updates, and log what they have."""
+    metrics = {name: dense[name][0] for name in ("one", *(name for name in OTHER_LOSSES if " " not in name))}
+    assert len({m["updates"][2]["actor/grad_norm"] for m in metrics.values()}) == len(metrics)
+    assert all(0 < m["updates"][2]["actor/pg_clipfrac"] < 1 for m in metrics.values())
+    for name, m in metrics.items():
+        assert ("actor/influence_weights_mean" in m) == ("fipo/noise_budget" in m) == (name in ("one", "penalties"))
+        assert ("actor/reference_kl" in m) == (name == "penalties")
+        assert ("reward/reference_kl" in m) == (name == "reinforce++")
+    assert metrics["penalties"]["actor/reference_kl"] > 0.01
+    assert abs(metrics["reinforce++"]["reward/reference_kl"]) > 0.01
 
 
 def test_few_samples_leave_a_replica_without():

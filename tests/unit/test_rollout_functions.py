@@ -46,9 +46,7 @@ class Setup:
 
     def responder(self, function, engine=None, seconds=20.0):
         loaded = RolloutFunction(f"tests:{function.__name__}", function)
-        return FunctionResponder(
-            loaded, engine or self.engine, Replicas.current(), self.tokenizer, self.vocab, seconds
-        )
+        return FunctionResponder(loaded, engine or self.engine, Replicas.current(), self.tokenizer, self.vocab, seconds)
 
     def respond(self, function, count=12, *, engine=None, seconds=20.0, given_up=lambda: False, **sampling):
         reported = []

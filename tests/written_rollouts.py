@@ -37,4 +37,4 @@ def written_rollout(folder: Path, step: int, number: int = GROUPS, size: int = G
             table[g, i] = torch.tensor(GeneratedSamples.row(sample, False), dtype=torch.float64)
     alone = dist.group.WORLD
     replicas = Replicas(0, 1, alone, alone, (), (), torch.device("cpu"), leads=True)
-    write_rollout(str(folder), step, Rollout.of(table, range(number), 0, groups, 1), replicas)
+    write_rollout(str(folder), step, Rollout.of(table, range(number), range(number), groups, 1), replicas)

@@ -127,7 +127,7 @@ def make_rollout(samples: list[dict[str, Any]]) -> Any:
     table = torch.tensor(rows, dtype=torch.float64).unflatten(0, (-1, GROUP))
     replicas = Replicas.current()
     groups = {g: [sample(g * GROUP + i) for i in range(GROUP)] for g in range(replicas.rank, len(table), replicas.size)}
-    return Rollout.of(table, range(len(table)), 0, groups, 1)
+    return Rollout.of(table, range(len(table)), range(len(table)), groups, 1)
 
 
 def measure_ours(args: argparse.Namespace, policy: Any, samples: list[dict[str, Any]], steps: int) -> dict[str, float]:

@@ -73,6 +73,9 @@ FLAGS = [
     ("--run-name a/b", "--run-name"),
     ("--train-from-rollouts nowhere", "is no folder"),
     ("--rollout-engine vllm", "invalid choice: 'vllm'"),
+    ("--rollout-function my_tools", "'my_tools' is not package.module:name"),
+    ("--rollout-function my_tools:search", "importing my_tools fails (ModuleNotFoundError"),
+    ("--rollout-function json:loads", "must be 'async def loads(dialogue)'"),
     ("--grpo-kl-beta 0.1", "leave them at 0"),
     ("--seed -1", "--seed -1 must not be negative"),
 ]  # fmt: skip

@@ -113,8 +113,8 @@ def trainer_log_probs(chunks, prompt, completion, temperature: float, vocab_size
     cu = torch.tensor([0, n], dtype=torch.int32)
     one = torch.ones(1)
     batch = PackedBatch(
-        tokens[:-1], tokens[1:], torch.arange(n), torch.ones(n, dtype=torch.bool), torch.zeros(n), torch.zeros(n), None, one, None,
-        cu, cu, one.long(), one.long(),
+        tokens[:-1], tokens[1:], torch.arange(n), torch.ones(n, dtype=torch.bool), torch.zeros(n), torch.zeros(n),
+        None, one, None, cu, cu, one.long(), one.long(),
     )  # fmt: skip
     with torch.no_grad():
         return packed_log_probs(chunks[0], batch, temperature=temperature, vocab_size=vocab_size)[len(prompt) - 1 :]

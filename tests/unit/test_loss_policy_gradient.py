@@ -94,7 +94,9 @@ def test_against_formulas(name, normalization, weighted, estimator):
     """Prompts, holes, empty sequences, a sequence without response, NaN and inf wherever no response is."""
     policy = POLICIES[name]
     fields = {k: getattr(policy, k) for k in ("clip_low", "clip_high")} | {"normalization": normalization}
-    policy = FipoConfig.clipped_ratio(**fields) if isinstance(policy, FipoConfig) else RatioConfig(policy.kind, **fields)
+    policy = (
+        FipoConfig.clipped_ratio(**fields) if isinstance(policy, FipoConfig) else RatioConfig(policy.kind, **fields)
+    )
     cfg = LossConfig(policy, kl_weight=0.3 * bool(estimator), kl_estimator=estimator or "k3", entropy_weight=0.1)
     logp, old, advantage, mask, cu, weight = make_batch()
     weight = weight if weighted else None

@@ -72,7 +72,9 @@ FLAGS = [
     ("--run-name a/b", "--run-name"),
     ("--train-from-rollouts nowhere", "is no folder"),
     ("--rollout-engine vllm", "invalid choice: 'vllm'"),
-    ("--grpo-kl-beta 0.1", "leave them at 0"),
+    ("--grpo-kl-beta 0.1 --kl-estimator k1", "--kl-in reward"),
+    ("--grpo-kl-beta 0.1 --reference-model other_architecture", "'gemma2', which is not supported"),
+    ("--loss dapo --fipo-half-life 16", "--fipo-half-life says nothing about --loss dapo"),
     ("--seed -1", "--seed -1 must not be negative"),
 ]  # fmt: skip
 FILES = [

@@ -25,8 +25,9 @@ FLAGS = f"""
     --preset quickstart --num-steps 1 --grpo-prompts-per-step {GROUPS} --grpo-group-size {GROUP_SIZE}
     --no-rollout-dynamic-sampling --global-batch-size {GROUPS * GROUP_SIZE // UPDATES} --rollout-max-tokens 60
     --max-prompt-tokens 20 --max-tokens-per-microbatch 96 --lr 1e-3 --adam-eps 1e-6 --lr-warmup-iters 0
-    --fipo-half-life 8 --seed 1
+    --seed 1
 """
+FIPO = "--fipo-half-life 8"  # refused together with another --loss
 # One sample for each of two replicas, whose interleaved pipelines want two micro-batches: one is a dummy.
 FEW = "--train-from-rollouts {runs}/few --grpo-prompts-per-step 4 --grpo-group-size 2 --global-batch-size 2"
 # name: ranks and flags. Every layout also cuts the updates into micro-batches of its own.
@@ -131,6 +132,7 @@ def run_cases(
                 *f"--hf-model {hf_dir} --train-from-rollouts {folder / 'rollouts'} --runs-dir {folder}".split(),
                 *("--run-name", run_name(name), "--save-hf", str(folder / run_name(name) / "hf")),
                 *FLAGS.split(),
+                *("" if "--loss " in flags else FIPO).split(),
                 *flags.format(runs=folder, reference=reference).split(),
             ],
         }

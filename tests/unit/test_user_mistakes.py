@@ -76,7 +76,9 @@ FLAGS = [
     ("--rollout-function my_tools", "'my_tools' is not package.module:name"),
     ("--rollout-function my_tools:search", "importing my_tools fails (ModuleNotFoundError"),
     ("--rollout-function json:loads", "must be 'async def loads(dialogue)'"),
-    ("--grpo-kl-beta 0.1", "leave them at 0"),
+    ("--grpo-kl-beta 0.1 --kl-estimator k1", "--kl-in reward"),
+    ("--grpo-kl-beta 0.1 --reference-model other_architecture", "'gemma2', which is not supported"),
+    ("--loss dapo --fipo-half-life 16", "--fipo-half-life says nothing about --loss dapo"),
     ("--seed -1", "--seed -1 must not be negative"),
 ]  # fmt: skip
 FILES = [

@@ -93,9 +93,11 @@ RESHARDED = {
     "one to CP2": (2, f"--num-steps 2 --load {{runs}}/saver_one/checkpoints {CP} 2"),
     "TP2 to TP2 PP2": (4, f"--num-steps 2 --load {{runs}}/saver_TP2/checkpoints {TP} 2 {SP} {PP} 2"),
 }
+BF16_OVERLAP = f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"
 BF16 = {
     "bf16": (1, "--bf16"),
-    "bf16 TP2 DP2": (4, f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"),
+    "bf16 TP2 DP2": (4, BF16_OVERLAP),
+    "bf16 TP2 DP2 reference": (4, f"{BF16_OVERLAP} --grpo-kl-beta 1e-30 --reference-model {{reference}}"),
     "bf16 PP2 CP2": (4, f"--bf16 {PP} 2 {CP} 2"),
 }
 MOE = {
@@ -286,6 +288,14 @@ def test_bf16_is_no_further_from_fp32_in_any_layout(layout, dense):
     for update, expected in zip(metrics["updates"], expected_metrics["updates"], strict=True):
         for key in ("actor/pg_loss", "actor/grad_norm", "actor/influence_weights_mean"):
             assert update[key] == pytest.approx(expected[key], rel=0.05, abs=0.01), key
+
+
+def test_the_reference_model_leaves_the_policy_its_bits(dense):
+    """With a weight too small to act, a run in whose parameters another model has been is the run without."""
+    (metrics, weights), (plain_metrics, plain_weights) = dense["bf16 TP2 DP2 reference"], dense["bf16 TP2 DP2"]
+    assert metrics["actor/reference_kl"] > 0.01 and "actor/reference_kl" not in plain_metrics
+    assert metrics["actor/grad_norm"] == plain_metrics["actor/grad_norm"]
+    assert all(torch.equal(weights[name], value) for name, value in plain_weights.items())
 
 
 @pytest.mark.long

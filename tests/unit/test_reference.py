@@ -60,3 +60,26 @@ def test_the_folder_is_read_again_at_every_start(build_model, hf_model):
         assert torch.equal(log_probs(trained[0]), log_probs(model[0]))
     load_hf_weights(model, other)
     assert torch.equal(log_probs(trained[0]), log_probs(model[0]))
+
+
+def test_forward_passes_keep_no_graph(build_model, hf_model):
+    """Log-probs that carry one would hold every pack's activations until the step ends."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_fipo.model.policy import Policy
+
+    folder, other = (hf_model("qwen3", tied=True, seed=seed)[0] for seed in (0, 1))
+    model = build_model(folder)[0]
+    chunk = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3), [chunk])
+    policy = Policy([chunk], optimizer, None, 93, 1.0, 64, parallel_state.get_context_parallel_group())
+    packs = [pack(random_sequences(lengths)) for lengths in ([20, 9], [13])]
+    updates, entropy_sum = policy.add_old_log_probs([packs])
+    updates = policy.add_reference_log_probs(updates, ReferenceWeights([chunk], str(other)))
+    expected = build_model(other)[0]
+    for batch in updates[0]:
+        assert batch.old_logp_T.any() and batch.ref_logp_T.any() and not torch.equal(batch.old_logp_T, batch.ref_logp_T)
+        assert not (batch.old_logp_T.requires_grad or batch.ref_logp_T.requires_grad or entropy_sum.requires_grad)
+    torch.testing.assert_close(updates[0][0].ref_logp_T, log_probs(expected), rtol=0, atol=0)

@@ -184,6 +184,11 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--rollout-temperature", type=float, help="log-probs are those of logits / temperature")
     group.add_argument("--rollout-max-tokens", type=int, help="longest response")
+    group.add_argument(
+        "--rollout-function",
+        metavar="MODULE:NAME",
+        help="your own loop of generation and tools, in training and evaluation (docs/rollout_functions.md)",
+    )
     group.add_argument("--rollout-max-running", type=int, default=256, help="completions generated at once per replica")
     group.add_argument(
         "--rollout-max-batches", type=int, help="generation batches per step before giving up on contrast"

@@ -61,7 +61,7 @@ class Recorder:
         """One finished step; collective over the replicas."""
         statistics = reduce_statistics([statistics for statistics, _ in results], self._replicas)
         micro_batches = [batch for update in updates for batch in update]
-        policy = policy_metrics(micro_batches, entropy_sum, self._loss.influence, self._replicas)
+        policy = policy_metrics(micro_batches, entropy_sum, self._loss.influence, self._replicas, rollout.stale_samples)
         if self._writer is None:
             return
         times = self._timer.take()

@@ -102,7 +102,7 @@ def sequence_alignment(args: argparse.Namespace) -> int:
 
 def planner(args: argparse.Namespace) -> Callable[[Sequence[int]], list[UpdatePlan]]:
     """Lengths of a step's samples -> which sample goes into which update, replica and micro-batch."""
-    pipeline = args.pipeline_model_parallel_size
+    pipeline, interleaved = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
     return functools.partial(
         plan_step,
         samples_per_update=args.global_batch_size,
@@ -111,7 +111,7 @@ def planner(args: argparse.Namespace) -> Callable[[Sequence[int]], list[UpdatePl
         cost=cost_model(args),
         pipeline_stages=pipeline,
         alignment=sequence_alignment(args),
-        micro_batch_multiple=pipeline if args.virtual_pipeline_model_parallel_size else 1,
+        micro_batch_multiple=(args.microbatch_group_size_per_vp_stage or pipeline) if interleaved else 1,
     )
 
 

@@ -7,6 +7,7 @@ into advantages, update several times, publish the weights.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.inputs import read_inputs
 from megatron_fipo.parallel.interruption import Interrupted
 from megatron_fipo.rollout.collect import OutOfContrast, collect, groups_to_generate
-from megatron_fipo.rollout.interruptible import InterruptibleEngine
+from megatron_fipo.rollout.interruptible import InterruptibleResponder
 from megatron_fipo.rollout.replay import read_rollout, write_rollout
 from megatron_fipo.rollout.rollout import Rollout
 from megatron_fipo.session import Session, open_session
@@ -53,7 +54,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
             run.checkpoints.poll()
             run.interruption.check()
             with run.timer("rollout"):
-                rollout = next_rollout(run, args, step, state.contrast_rate)
+                rollout = next_rollout(run, args, state)
                 if args.reward_overlong_filter:
                     rollout = rollout.without_truncated()
         except (OutOfContrast, Interrupted) as error:
@@ -85,7 +86,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
         # Asked to stop, a run saves at once: an evaluation may take longer than the signal leaves.
         evaluation = evaluate(run) if due and not run.interruption.received() else None
         run.recorder.step(step, rollout, updates, entropy_sum, correction | penalty, results, learning_rate, evaluation)
-        state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
+        state = after(run, state, rollout)
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)
             saved = step
@@ -108,40 +109,53 @@ def save(run: Session, state: LoopState) -> None:
         run.checkpoints.save(state)
 
 
-def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rate: float) -> Rollout:
-    """Generate a step's samples, or read those that ``--rollout-only`` wrote."""
+def next_rollout(run: Session, args: argparse.Namespace, state: LoopState) -> Rollout:
+    """Generate the next step's samples, or read those that ``--rollout-only`` wrote."""
     if args.train_from_rollouts:
         prompts, group_size = args.grpo_prompts_per_step, args.grpo_group_size
-        return read_rollout(args.train_from_rollouts, step, prompts, group_size, run.replicas)
-    groups = groups_to_generate(args.grpo_prompts_per_step, contrast_rate, run.collect)
+        return read_rollout(args.train_from_rollouts, state.step + 1, prompts, group_size, run.replicas)
+    carried = len(state.leftovers.visits) if state.leftovers else 0
+    groups = groups_to_generate(max(1, args.grpo_prompts_per_step - carried), state.contrast_rate, run.collect)
     with run.console.progress("rollout", groups * args.grpo_group_size) as progress:
         return collect(
-            InterruptibleEngine(run.engine, run.interruption),
+            InterruptibleResponder(run.responder, run.interruption),
             run.stream,
             run.answers.verify,
             run.collect,
             run.replicas,
-            version=step - 1,
-            contrast_rate=contrast_rate,
+            version=state.step,
+            contrast_rate=state.contrast_rate,
             on_finished=lambda n: progress.advance(n * run.replicas.size),
+            leftovers=state.leftovers,
         )
+
+
+def after(run: Session, state: LoopState, rollout: Rollout) -> LoopState:
+    """The loop's state after the step that used ``rollout``."""
+    return replace(
+        state,
+        step=state.step + 1,
+        prompt_cursor=run.stream.cursor,
+        contrast_rate=rollout.contrast_rate,
+        leftovers=rollout.leftovers,
+    )
 
 
 def write_rollouts(run: Session, args: argparse.Namespace) -> None:
     """Generate every step's samples with the weights as they are."""
-    contrast_rate = run.state.contrast_rate
-    run.engine.update_weights(run.state.step)
-    for step in range(run.state.step + 1, args.num_steps + 1):
-        rollout = next_rollout(run, args, step, contrast_rate)
-        write_rollout(args.rollout_only, step, rollout, run.replicas)
-        contrast_rate = rollout.contrast_rate
+    state = run.state
+    run.engine.update_weights(state.step)
+    while state.step < args.num_steps:
+        rollout = next_rollout(run, args, state)
+        state = after(run, state, rollout)
+        write_rollout(args.rollout_only, state.step, rollout, run.replicas)
 
 
 def evaluate(run: Session) -> Evaluation:
     """Accuracy on the held-out sets."""
     with run.timer("eval"):
         return evaluate_sets(
-            run.engine, run.eval_sets, run.eval_sampling, run.answers, run.replicas, run.collect.seed, run.console
+            run.responder, run.eval_sets, run.eval_sampling, run.answers, run.replicas, run.collect.seed, run.console
         )
 
 
@@ -159,14 +173,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
         run = open_session(args, inputs)
         run.console.banner(banner(args) | {"prompts": str(inputs)})
-        try:
-            if args.rollout_only:
-                write_rollouts(run, args)
-            else:
-                train(run, args)
-        except Interrupted:
-            run.console.note("stopped by a signal; what was finished is saved")
-        run.engine.close()
+        with contextlib.closing(run.engine):
+            try:
+                if args.rollout_only:
+                    write_rollouts(run, args)
+                else:
+                    train(run, args)
+            except Interrupted:
+                run.console.note("stopped by a signal; what was finished is saved")
         dist.destroy_process_group()
     except UserError as error:
         # Before the start every rank of a node finds the same mistake; later perhaps one of them alone.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.build import uses_transformer_engine
 from megatron_fipo.model.hf_config import architecture
 from megatron_fipo.rewards.functions import parse_terms
 from megatron_fipo.settings import advantage_config, correction_config, kl_estimator, loss_config
@@ -351,6 +352,11 @@ def _check_parallel(args: argparse.Namespace) -> None:
         )
     if args.sequence_parallel and tensor == 1:
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; leave it out")
+    if args.cp_comm_type != ["p2p"] and not uses_transformer_engine(args.transformer_impl):
+        raise UserError(
+            f"--cp-comm-type {' '.join(args.cp_comm_type)} is TransformerEngine's choice, which is not used here: the "
+            f"local attention gathers keys and values; leave it out"
+        )
     size = model_parallel_size(args)
     if args.world_size % size:
         raise UserError(

@@ -52,13 +52,23 @@ def trained_base(tmp_path_factory) -> Path:
 
     The Hugging Face folder also holds train.jsonl and heldout.jsonl, as the quickstart's does.
     """
+    return _made_base(tmp_path_factory, direct=1.0, step_error=0.0)
+
+
+@pytest.fixture(scope="session")
+def worked_base(tmp_path_factory) -> Path:
+    """As ``trained_base``, but it works out most of its sums, badly."""
+    return _made_base(tmp_path_factory, direct=0.3, step_error=0.2)
+
+
+def _made_base(tmp_path_factory, **style: float) -> Path:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     import make_base_model
 
     folder = tmp_path_factory.mktemp("base") / "model"
     settings = make_base_model.Settings(
-        seed=5, hidden_size=32, layers=1, iterations=150, batch_size=64, learning_rate=1e-2,
-        direct=1.0, step_error=0.0, heldout=64, train=400, warmup=4000,
+        seed=5, hidden_size=32, layers=1, iterations=150, batch_size=64, learning_rate=1e-2, heldout=64, train=400,
+        warmup=4000, **style,
     )  # fmt: skip
     make_base_model.write_folder(folder, settings)
     return folder

@@ -12,17 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
+from written_rollouts import GROUP_SIZE, GROUPS, written_rollout
 
 from megatron_fipo.data.planning import plan_step
-from megatron_fipo.data.samples import Sample
 from megatron_fipo.model.cost import CostModel
-from megatron_fipo.parallel.replicas import Replicas
-from megatron_fipo.rollout.replay import write_rollout
-from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout
 
-GROUPS, GROUP_SIZE, UPDATES, VOCAB = 6, 4, 3, 93
+UPDATES = 3
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 SP, EP, ETP = "--sequence-parallel", "--expert-model-parallel-size", "--expert-tensor-parallel-size"
 FLAGS = f"""
@@ -93,6 +89,12 @@ RESHARDED = {
     "one to CP2": (2, f"--num-steps 2 --load {{runs}}/saver_one/checkpoints {CP} 2"),
     "TP2 to TP2 PP2": (4, f"--num-steps 2 --load {{runs}}/saver_TP2/checkpoints {TP} 2 {SP} {PP} 2"),
 }
+# Another family: biases, and one weight for embedding and output, which the first and the last stage both hold.
+TIED = {
+    "tied": (1, "--hf-model {runs}/tied"),
+    "tied PP2 DP2": (4, f"--hf-model {{runs}}/tied {PP} 2 --overlap-grad-reduce --overlap-param-gather"),
+    "tied VPP2 TP2": (4, f"--hf-model {{runs}}/tied {TP} 2 {SP} {PP} 2 --num-virtual-stages-per-pipeline-rank 2"),
+}
 BF16_OVERLAP = f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"
 BF16 = {
     "bf16": (1, "--bf16"),
@@ -115,32 +117,6 @@ MOE = {
     "EP2 PP2": (4, f"{EP} 2 {PP} 2"),
     "EP2 CP2 DP2": (4, f"{EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
 }
-
-
-def written_rollout(folder: Path, step: int, number: int = GROUPS, size: int = GROUP_SIZE, sigma: float = 1.0) -> None:
-    """Random samples of very different lengths, with holes in the masks; engine log-probs that disagree a little."""
-    generator = np.random.default_rng(step)
-    groups, table = {}, torch.zeros(number, size, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
-    for g in range(number):
-        prompt = generator.integers(3, VOCAB, generator.integers(2, 20))
-        groups[g] = []
-        for i in range(size):
-            response = generator.integers(3, VOCAB, min(60, 1 + int(generator.lognormal(2.5, sigma))))
-            tokens = np.concatenate([prompt, response]).astype(np.int32)
-            mask = np.arange(len(tokens)) >= len(prompt)
-            mask[len(prompt) + 2 : len(prompt) + 4] = len(response) < 8
-            correct = bool(generator.random() < 0.5) if i else g % 2 == 0
-            sample = Sample(
-                prompt_id=g, group_id=g, tokens=tokens, response_mask=mask,
-                rollout_logp=(generator.normal(-4.5, 0.3, len(tokens)) * mask).astype(np.float32),
-                finish_reason="stop", weight_versions=((0, 0, len(response)),),
-                reward=2.0 * correct - 1 + generator.normal(0, 0.1), correct=correct,
-            )  # fmt: skip
-            groups[g].append(sample)
-            table[g, i] = torch.tensor(GeneratedSamples.row(sample, False), dtype=torch.float64)
-    alone = dist.group.WORLD
-    replicas = Replicas(0, 1, alone, alone, (), (), torch.device("cpu"), leads=True)
-    write_rollout(str(folder), step, Rollout.of(table, range(number), 0, groups, 1), replicas)
 
 
 def run_name(case: str) -> str:
@@ -211,7 +187,9 @@ def dense(megatron, hf_model, tmp_path_factory):
         written_rollout(runs / "rollouts", step)
     written_rollout(runs / "few", 1, number=4, size=2)
     reference, _ = hf_model("qwen3", tied=False, num_hidden_layers=4, seed=1)
-    return run_cases(runs, folder, DENSE | OTHER_LOSSES | RESHARDED | BF16, reference)
+    tied, _ = hf_model("qwen2", tied=True, num_hidden_layers=4)
+    (runs / "tied").symlink_to(tied)
+    return run_cases(runs, folder, DENSE | TIED | OTHER_LOSSES | RESHARDED | BF16, reference)
 
 
 @pytest.fixture(scope="module")
@@ -229,10 +207,12 @@ def test_fipo_is_active_in_the_reference(dense):
     assert dense["one"][0]["actor/grad_norm"] > 0.1
 
 
-@pytest.mark.parametrize("layout", DENSE)
+@pytest.mark.parametrize("layout", DENSE | TIED)
 def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
     kind = layout.split()[0]
-    check_equal(dense[layout], dense[kind if kind in ("group", "sequence", "corrected", "few") else "one"], layout)
+    check_equal(
+        dense[layout], dense[kind if kind in ("group", "sequence", "corrected", "few", "tied") else "one"], layout
+    )
 
 
 @pytest.mark.parametrize("layout", [name for name in OTHER_LOSSES if " " in name])

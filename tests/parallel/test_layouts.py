@@ -116,6 +116,8 @@ MOE = {
     ),
     "EP2 PP2": (4, f"{EP} 2 {PP} 2"),
     "EP2 CP2 DP2": (4, f"{EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
+    "penalties": (1, PENALTIES),
+    "penalties EP2 CP2 DP2": (4, f"{PENALTIES} {EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
 }
 
 
@@ -197,7 +199,8 @@ def moe(megatron, hf_model, tmp_path_factory):
     folder, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4)
     runs = tmp_path_factory.mktemp("moe")
     written_rollout(runs / "rollouts", 1)
-    return run_cases(runs, folder, MOE)
+    reference, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4, seed=1)
+    return run_cases(runs, folder, MOE, reference)
 
 
 def test_fipo_is_active_in_the_reference(dense):
@@ -247,7 +250,7 @@ def test_normalizations_differ(dense):
 
 @pytest.mark.parametrize("layout", MOE)
 def test_a_mixture_of_experts_trains_alike_in_every_layout(layout, moe):
-    check_equal(moe[layout], moe["one"], layout)
+    check_equal(moe[layout], moe["penalties" if layout.startswith("penalties") else "one"], layout)
 
 
 @pytest.mark.parametrize("layout", [name for name in RESHARDED if name.startswith("two steps ") or " to " in name])

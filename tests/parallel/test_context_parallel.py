@@ -165,8 +165,8 @@ def correction(group, device):
 
 
 OTHER_LOSSES = {
-    "gspo": LossConfig(RatioConfig("gspo", 0.01, 0.02, "sequence")),
-    "gspo by token": LossConfig(RatioConfig("gspo", 0.01, 0.02, "token"), kl_weight=0.3, kl_estimator="k2"),
+    "gspo": LossConfig(RatioConfig("gspo", 0.003, 0.004, "sequence")),
+    "gspo by token": LossConfig(RatioConfig("gspo", 0.003, 0.004, "token"), kl_weight=0.3, kl_estimator="k2"),
     "cispo": LossConfig(RatioConfig("cispo", 1.0, 0.05, "token"), entropy_weight=0.1),
     "reinforce++": LossConfig(FipoConfig.clipped_ratio(0.1, 0.1, "token"), kl_weight=0.3),
     "fipo with penalties": LossConfig(SENSITIVE, kl_weight=0.3, entropy_weight=0.1),

@@ -95,9 +95,11 @@ TIED = {
     "tied PP2 DP2": (4, f"--hf-model {{runs}}/tied {PP} 2 --overlap-grad-reduce --overlap-param-gather"),
     "tied VPP2 TP2": (4, f"--hf-model {{runs}}/tied {TP} 2 {SP} {PP} 2 --num-virtual-stages-per-pipeline-rank 2"),
 }
+BF16_OVERLAP = f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"
 BF16 = {
     "bf16": (1, "--bf16"),
-    "bf16 TP2 DP2": (4, f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"),
+    "bf16 TP2 DP2": (4, BF16_OVERLAP),
+    "bf16 TP2 DP2 reference": (4, f"{BF16_OVERLAP} --grpo-kl-beta 1e-30 --reference-model {{reference}}"),
     "bf16 PP2 CP2": (4, f"--bf16 {PP} 2 {CP} 2"),
 }
 MOE = {
@@ -114,6 +116,8 @@ MOE = {
     ),
     "EP2 PP2": (4, f"{EP} 2 {PP} 2"),
     "EP2 CP2 DP2": (4, f"{EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
+    "penalties": (1, PENALTIES),
+    "penalties EP2 CP2 DP2": (4, f"{PENALTIES} {EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
 }
 
 
@@ -195,7 +199,8 @@ def moe(megatron, hf_model, tmp_path_factory):
     folder, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4)
     runs = tmp_path_factory.mktemp("moe")
     written_rollout(runs / "rollouts", 1)
-    return run_cases(runs, folder, MOE)
+    reference, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4, seed=1)
+    return run_cases(runs, folder, MOE, reference)
 
 
 def test_fipo_is_active_in_the_reference(dense):
@@ -245,7 +250,7 @@ def test_normalizations_differ(dense):
 
 @pytest.mark.parametrize("layout", MOE)
 def test_a_mixture_of_experts_trains_alike_in_every_layout(layout, moe):
-    check_equal(moe[layout], moe["one"], layout)
+    check_equal(moe[layout], moe["penalties" if layout.startswith("penalties") else "one"], layout)
 
 
 @pytest.mark.parametrize("layout", [name for name in RESHARDED if name.startswith("two steps ") or " to " in name])
@@ -266,6 +271,14 @@ def test_bf16_is_no_further_from_fp32_in_any_layout(layout, dense):
     for update, expected in zip(metrics["updates"], expected_metrics["updates"], strict=True):
         for key in ("actor/pg_loss", "actor/grad_norm", "actor/influence_weights_mean"):
             assert update[key] == pytest.approx(expected[key], rel=0.05, abs=0.01), key
+
+
+def test_the_reference_model_leaves_the_policy_its_bits(dense):
+    """With a weight too small to act, a run in whose parameters another model has been is the run without."""
+    (metrics, weights), (plain_metrics, plain_weights) = dense["bf16 TP2 DP2 reference"], dense["bf16 TP2 DP2"]
+    assert metrics["actor/reference_kl"] > 0.01 and "actor/reference_kl" not in plain_metrics
+    assert metrics["actor/grad_norm"] == plain_metrics["actor/grad_norm"]
+    assert all(torch.equal(weights[name], value) for name, value in plain_weights.items())
 
 
 @pytest.mark.long

@@ -15,12 +15,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_fipo.compat import te_cpu
+from megatron_fipo.compat.fp8_recipe import OVERRIDE
 from megatron_fipo.model.attention import CachedSelfAttention, TorchAttention, TorchRMSNorm
+from megatron_fipo.model.fp8_training import BACKWARD
 from megatron_fipo.model.rotary import give_packed_angles
 
 
 def uses_transformer_engine(transformer_impl: str = "transformer_engine") -> bool:
-    """True if the model is built from TransformerEngine's modules: wanted, installed, and a GPU or its stand-in is there."""
+    """True if the model is built from TransformerEngine's modules: wanted, there, and on a GPU (or its stand-in)."""
     on_device = torch.cuda.is_available() or te_cpu.is_installed()
     return transformer_impl == "transformer_engine" and HAVE_TE and on_device
 
@@ -41,6 +43,8 @@ def model_provider(args: argparse.Namespace) -> Callable[..., GPTModel]:
         pg_collection: ProcessGroupCollection | None = None,
     ) -> GPTModel:
         config = config or core_transformer_config_from_args(args)
+        if args.fp8:
+            setattr(config, OVERRIDE, BACKWARD[args.fp8_backward])
         logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # "GPTModel IS DEPRECATED"
         model = GPTModel(
             config,

@@ -21,15 +21,37 @@ class DType(enum.IntEnum):
     kFloat4E2M1 = 10
 
 
-FP8FwdTensors = enum.IntEnum(
-    "FP8FwdTensors", [f"GEMM{i}_{name}" for i in (1, 2, 3) for name in ("INPUT", "WEIGHT", "OUTPUT")], start=0
-)
-FP8BwdTensors = enum.IntEnum(
-    "FP8BwdTensors", [f"GRAD_{name}{i}" for i in (1, 2, 3) for name in ("OUTPUT", "INPUT")], start=0
-)
-NVTE_Fused_Attn_Backend = enum.IntEnum(
-    "NVTE_Fused_Attn_Backend", {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2}
-)
+class FP8FwdTensors(enum.IntEnum):
+    """Slots of a layer's forward tensors, as in pytorch/csrc/common.h."""
+
+    GEMM1_INPUT = 0
+    GEMM1_WEIGHT = 1
+    GEMM1_OUTPUT = 2
+    GEMM2_INPUT = 3
+    GEMM2_WEIGHT = 4
+    GEMM2_OUTPUT = 5
+    GEMM3_INPUT = 6
+    GEMM3_WEIGHT = 7
+    GEMM3_OUTPUT = 8
+
+
+class FP8BwdTensors(enum.IntEnum):
+    """Slots of a layer's gradients."""
+
+    GRAD_OUTPUT1 = 0
+    GRAD_INPUT1 = 1
+    GRAD_OUTPUT2 = 2
+    GRAD_INPUT2 = 3
+    GRAD_OUTPUT3 = 4
+    GRAD_INPUT3 = 5
+
+
+class NVTE_Fused_Attn_Backend(enum.IntEnum):
+    """Kept for its members' names: there is no fused attention here."""
+
+    NVTE_No_Backend = -1
+    NVTE_F16_arbitrary_seqlen = 1
+    NVTE_FP8 = 2
 
 
 def _not_emulated(name: str) -> Callable[..., NoReturn]:
@@ -50,10 +72,10 @@ _VALUES: dict[str, Any] = {
     "get_num_cublas_streams": lambda: 4,
     "get_stream_priority_range": lambda device=None: (0, -1),
     "ubuf_built_with_mpi": lambda: False,
+    "device_supports_multicast": lambda device=None: False,
     # Imported by *, which does not ask the module for what it lacks.
     "layernorm_fwd": _not_emulated("layernorm_fwd"),
     "layernorm_bwd": _not_emulated("layernorm_bwd"),
-    "device_supports_multicast": lambda device=None: False,
     **{
         function.__name__: function
         for function in (

@@ -67,7 +67,7 @@ def generic_gemm(
     assert not gelu and all(value in (None, False) for value in overlap.values()), "not emulated"
     left, right = matrix_of(B, columnwise=transb), matrix_of(A, columnwise=not transa)
     left, right = (left.T if transb else left), (right.T if transa else right)  # [m, k], [k, n]
-    _check_shape(A, B, *left.shape, right.size(1))
+    _check_shape(A, B, left.size(0), left.size(1), right.size(1))
     product = alpha * (left @ right)
     bias_gradient = None
     if bias is not None and grad:

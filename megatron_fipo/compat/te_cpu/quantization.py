@@ -37,7 +37,7 @@ def scale_of(amax: Tensor, largest: float, *, power_of_two: bool, epsilon: float
         infinite: replaces an infinite scale: the largest number of the input's type.
     """
     amax = amax.clamp_min(epsilon)
-    scale = (largest / amax).clamp_max(infinite)
+    scale = torch.full_like(amax, largest).div(amax).clamp_max(infinite)  # number / tensor would round twice
     if power_of_two:
         scale = (scale.view(torch.int32) & -(1 << 23)).view(torch.float32)  # cut the mantissa
     return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
@@ -165,7 +165,11 @@ def _quantize_tensor(tensor: Tensor, quantizer: Any, out: Any) -> None:
         epsilon=quantizer.amax_epsilon,
         infinite=torch.finfo(torch.float32).max,
     )
-    quantized = cast_blocks(values_MK, scale.view(1, 1), *values_MK.shape, fp8) if values_MK.numel() else values_MK
+    quantized = (
+        cast_blocks(values_MK, scale.view(1, 1), values_MK.size(0), values_MK.size(1), fp8)
+        if values_MK.numel()
+        else values_MK
+    )
     out._scale_inv.fill_(1 / scale)
     if out._data is not None:
         out._data.copy_(quantized.view(out._data.shape))

@@ -1,5 +1,6 @@
 """The stand-in's quantisation, byte by byte, against loops that follow the definition; and what it refuses."""
 
+import itertools
 import math
 
 import torch
@@ -112,19 +113,11 @@ def check_refusals() -> None:
 
 
 def cases() -> dict:
-    e4m3, e5m2 = TYPES
-    return {
-        **{
-            f"blocks {'128x128' if square else '1x128'}, {TYPES[dtype]}, {'powers of two' if power else 'fp32 scales'}": (
-                lambda dtype=dtype, square=square, power=power: check_blocks(dtype, square, power)
-            )
-            for dtype in (e4m3, e5m2)
-            for square in (True, False)
-            for power in (True, False)
-        },
-        "MXFP8 e4m3": lambda: check_mxfp8(e4m3),
-        "MXFP8 e5m2": lambda: check_mxfp8(e5m2),
-        "per tensor e4m3": lambda: check_tensorwise(e4m3),
-        "per tensor e5m2": lambda: check_tensorwise(e5m2),
-        "refusals": check_refusals,
-    }
+    found = {"refusals": check_refusals}
+    for dtype, fp8 in TYPES.items():
+        found[f"MXFP8 {fp8}"] = lambda dtype=dtype: check_mxfp8(dtype)
+        found[f"per tensor {fp8}"] = lambda dtype=dtype: check_tensorwise(dtype)
+        for square, power in itertools.product((True, False), repeat=2):
+            name = f"blocks {'128x128' if square else '1x128'} {fp8} {'powers of two' if power else 'fp32 scales'}"
+            found[name] = lambda dtype=dtype, square=square, power=power: check_blocks(dtype, square, power)
+    return found

@@ -5,7 +5,7 @@ TransformerEngine is Python (modules, recipes, quantised tensors) over `transfor
 forward and backward, in BF16 and in FP8. All that the Python half decides is then what it is on a GPU: names, which
 tensor is quantised along which axis in which block, which copy enters which GEMM, what has to be padded.
 
-What an emulation cannot say: speed, the accumulation inside tensor cores (here fp32), fused attention, grouped GEMMs,
+What an emulation cannot say: speed, the accumulation inside tensor cores (here fp64), fused attention, grouped GEMMs,
 user buffers. A function that is not emulated raises NotImplementedError with its name.
 
 It is for those who ask for it: nothing here is imported by training. Where CUDA works or TransformerEngine's own

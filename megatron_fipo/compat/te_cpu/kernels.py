@@ -1,4 +1,4 @@
-"""TransformerEngine's norms, GEMM and transpose on a CPU, in fp32 inside.
+"""TransformerEngine's norms, GEMM and transpose on a CPU.
 
 Arguments are those of the functions of the same names in pytorch/csrc/extensions/pybind.cpp; the conditions under which
 an FP8 GEMM is refused are those of common/gemm/cublaslt_gemm.cu.
@@ -68,7 +68,7 @@ def generic_gemm(
     left, right = matrix_of(B, columnwise=transb), matrix_of(A, columnwise=not transa)
     left, right = (left.T if transb else left), (right.T if transa else right)  # [m, k], [k, n]
     _check_shape(A, B, left.size(0), left.size(1), right.size(1))
-    product = alpha * (left @ right)
+    product = (alpha * (left.double() @ right.double())).float()  # the same for a row whatever other rows there are
     bias_gradient = None
     if bias is not None and grad:
         bias_gradient = matrix_of(B, columnwise=transb).sum(0).to(bias.dtype)

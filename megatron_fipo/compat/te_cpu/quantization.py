@@ -56,7 +56,7 @@ def cast_blocks(values_MK: Tensor, scale_RC: Tensor, rows: int, columns: int, fp
     scaled = blocks_of(values_MK, rows, columns) * scale_RC[:, None, :, None]
     largest = torch.finfo(fp8).max
     cast = scaled.clamp(-largest, largest).to(fp8).view(torch.uint8)
-    return cast.view(cast.size(0) * rows, -1)[:height, :width]
+    return cast.view(cast.size(0) * rows, cast.size(2) * columns)[:height, :width]
 
 
 def quantize_blocks(

@@ -11,6 +11,7 @@ _DEVICES = (
     (re.compile(r'torch\.device\("cuda"(, torch\.cuda\.current_device\(\))?\)'), 'torch.device("cpu")'),
     (re.compile(r'(\bdevice(: [^=\n]+)? ?= ?)"cuda"'), r'\1"cpu"'),
     (re.compile(r'(if device is not None else )"cuda"'), r'\1"cpu"'),
+    (re.compile(r'(device\.type != )"cuda"'), r'\1"cpu"'),
     (re.compile(r"torch\.Tensor\(\)\.cuda\(\)"), "torch.Tensor()"),
 )
 # Module -> what is replaced in it, and must be there.

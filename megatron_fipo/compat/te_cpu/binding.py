@@ -83,6 +83,7 @@ _VALUES: dict[str, Any] = {
             kernels.rmsnorm_bwd,
             kernels.generic_gemm,
             kernels.fp8_transpose,
+            kernels.swap_first_dims,
             kernels.bgrad_quantize,
             quantization.create_empty_quantized_tensor,
             quantization.quantize,

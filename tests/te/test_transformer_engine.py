@@ -55,8 +55,8 @@ def test_every_case_holds(folder):
 @pytest.mark.parametrize("name", ["bf16", "blockwise"])
 def test_its_checkpoints_are_read_without_it(folder, name, tmp_path):
     """The converter knows one spec only, and no TransformerEngine: the weights of a run's end, bit by bit."""
-    checkpoint = max((folder / name / "checkpoints").glob("iter_*"))
-    command = [sys.executable, "tools/convert_checkpoint.py", "export", checkpoint, tmp_path / "hf", folder / "qwen3"]
+    command = [sys.executable, "tools/convert_checkpoint.py", "export"]
+    command += ["--megatron", folder / name / "checkpoints", "--out", tmp_path / "hf", "--hf", folder / "qwen3"]
     process = subprocess.run([*map(str, command)], cwd=TESTS.parent, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr[-3000:]
     exported, expected = (load_file(path / "hf" / "model.safetensors") for path in (tmp_path, folder / name))

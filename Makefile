@@ -7,12 +7,14 @@ export PYTHONUNBUFFERED := 1
 # Nothing here asks a hub for models or data.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart env sglang test test-fast test-long test-gpu bench bench-compare bench-gpu lint format clean
+.PHONY: help quickstart env sglang bridge modelopt test test-fast test-long test-gpu bench bench-compare bench-gpu lint format clean
 
 help:
 	@echo "make quickstart   environment, build, base model, FIPO training on this machine, report"
 	@echo "make env          the environment ($(VENV)) and the build; does nothing if they are up to date"
 	@echo "make sglang       the SGLang rollout engine, into the same environment (an SGLang beside a GPU is used as it is)"
+	@echo "make bridge       Megatron-Bridge in .cache/bridge, for tools/convert_checkpoint.py --bridge megatron-bridge"
+	@echo "make modelopt     ModelOpt in .cache/modelopt, for tools/quantize_checkpoint.py"
 	@echo "make test         the whole test suite;  make test-fast: unit tests;  make test-long: soaks and wide sweeps"
 	@echo "make test-gpu     on a machine with a GPU, with the torch that is there; make bench-gpu: how fast"
 	@echo "make bench        every benchmark beside its peers, as tables and JSON under $(BENCH_DIR)"
@@ -45,7 +47,23 @@ $(VENV)/.sglang: $(VENV)/.built requirements/sglang.txt
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	@touch $@
 
-test: env sglang
+# Packages whose pins contradict $(VENV)'s go into an environment of their own; what it lacks comes from $(VENV). The
+# stamp's name says which $(VENV) that is.
+LAID_OVER := over$(subst /,-,$(abspath $(VENV)))
+
+bridge: .cache/bridge/$(LAID_OVER)
+modelopt: .cache/modelopt/$(LAID_OVER)
+
+.cache/bridge/$(LAID_OVER) .cache/modelopt/$(LAID_OVER): .cache/%/$(LAID_OVER): $(VENV)/.built requirements/%.txt
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' \
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/laid_over.pth"
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --disable-pip-version-check --no-deps \
+	  -r requirements/$*.txt
+	@touch $@
+
+test: env sglang bridge
 	$(BIN)/python -m pytest -m "not long" tests
 
 test-fast: env

@@ -40,8 +40,9 @@ from megatron_fipo.arguments import build_parser, platform_defaults, validate_me
 from megatron_fipo.checkpoint.bridge import Bridge  # noqa: E402
 from megatron_fipo.checkpoint.hf_files import HFWeights  # noqa: E402
 from megatron_fipo.checkpoint.hf_map import EMBEDDING  # noqa: E402
-from megatron_fipo.checkpoint.hf_write import copy_side_files, read_ahead, write_hf_folder  # noqa: E402
+from megatron_fipo.checkpoint.hf_write import read_ahead, write_hf_folder  # noqa: E402
 from megatron_fipo.checkpoint.parity import Parity, compare  # noqa: E402
+from megatron_fipo.checkpoint.side_files import copy_side_files  # noqa: E402
 from megatron_fipo.checkpoint.torch_dist import TorchDistWeights, checkpoint_folder, read_metadata  # noqa: E402
 from megatron_fipo.checkpoint.torch_dist_write import save_torch_dist  # noqa: E402
 from megatron_fipo.errors import UserError  # noqa: E402

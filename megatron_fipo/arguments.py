@@ -13,6 +13,7 @@ import os
 import re
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from megatron_fipo.checkpoint.start import find_start
 from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import uses_transformer_engine
+from megatron_fipo.model.fp8_training import FP8_PRESETS, add_precision_flags, fp8_settings
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
 from megatron_fipo.rewards.flags import add_reward_flags
 from megatron_fipo.rollout.sglang.flags import split_flags
+from megatron_fipo.settings import pack_alignment
 from megatron_fipo.validation import check, check_command_line, expert_parallel_size, model_parallel_size
 
 DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
@@ -58,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_algorithm_flags(parser.add_argument_group("FIPO"))
     _add_rollout_flags(parser.add_argument_group("data and rollouts"))
     add_reward_flags(parser.add_argument_group("rewards"))
+    add_precision_flags(parser.add_argument_group("precision"))
     megatron_arguments.add_megatron_arguments(parser)
     for action in parser._actions:  # one of Megatron's help texts has a bare "10%)", on which argparse's --help fails
         action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
@@ -209,9 +213,11 @@ def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.N
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_PRESET)
     first.add_argument("--hf-model")
+    first.add_argument("--fp8-preset")
     chosen, _ = first.parse_known_args(argv)
     parser.set_defaults(**platform_defaults())
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))  # an unknown name fails below, as any bad choice does
+    parser.set_defaults(**FP8_PRESETS.get(chosen.fp8_preset, {}))
     if chosen.hf_model:
         parser.set_defaults(**model_arguments(chosen.hf_model))
 
@@ -264,7 +270,7 @@ def platform_defaults() -> dict[str, Any]:
         fused_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # of Apex
         return defaults | {"bf16": True, "moe_grouped_gemm": True, "gradient_accumulation_fusion": fused_gradients}
     return defaults | {
-        "transformer_impl": "local",
+        "transformer_impl": "transformer_engine" if uses_transformer_engine() else "local",
         "distributed_backend": "gloo",
         "use_cpu_initialization": True,
         "masked_softmax_fusion": False,
@@ -349,6 +355,7 @@ def banner(args: argparse.Namespace) -> dict[str, str]:
 def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
     """Every number that follows from the flags, as printed at the start and by --dry-run."""
     samples = args.grpo_prompts_per_step * args.grpo_group_size
+    fp8 = fp8_settings(args)
     return {
         "preset": args.preset,
         "loss": args.loss,
@@ -380,4 +387,5 @@ def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
         "pipeline_parallel": args.pipeline_model_parallel_size,
         "context_parallel": args.context_parallel_size,
         "data_parallel": args.world_size // model_parallel_size(args),
+        "fp8": fp8 and asdict(fp8) | {"pack_alignment": pack_alignment(args)},
     }

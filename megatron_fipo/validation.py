@@ -10,8 +10,10 @@ from pathlib import Path
 
 from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.build import uses_transformer_engine
+from megatron_fipo.model.fp8_training import check_fp8
 from megatron_fipo.rewards.functions import parse_terms
-from megatron_fipo.settings import correction_config, loss_config
+from megatron_fipo.settings import correction_config, loss_config, pack_alignment
 
 _REFUSED = {
     "--perform-rl-step": "megatron_fipo runs its own loop; leave it out",
@@ -41,6 +43,20 @@ _REFUSED = {
     "--moe-router-load-balancing-type": "the policy's gradient is the only one; leave it out",
     "--moe-router-fusion": "it goes past the routing replay; leave it out",
     "--cuda-graph-impl": "packs differ in length; leave it out",
+    **dict.fromkeys(
+        (
+            "--fp8-margin",
+            "--fp8-interval",
+            "--fp8-amax-history-len",
+            "--fp8-amax-compute-algo",
+            "--no-fp8-wgrad",
+            "--disable-fp8-wgrad",
+            "--tp-only-amax-red",
+        ),
+        "it belongs to delayed scaling, under which old and new log-probs differ; see --fp8-preset and --fp8-backward",
+    ),
+    "--fp8-param-gather": "weights would exist in FP8 only, and exports and weight sync need them whole; leave it out",
+    "--fp8-output-proj": "log-probs come from a BF16 output layer; leave it out",
     "--skip-train": "use python -m megatron_fipo.evaluate",
     "--rampup-batch-size": "every update has --global-batch-size samples",
     "--decrease-batch-size-if-needed": "every update has --global-batch-size samples",
@@ -55,7 +71,6 @@ _REFUSED_FAMILIES = {
     "--non-persistent-": "use --save-interval and --keep-last",
     "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
-    "--fp8-": "FP8 training is not supported yet; leave it out",
     "--fp4-": "FP4 training is not supported yet; leave it out",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
 }
@@ -117,6 +132,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
         _check_batch(args)
     _check_algorithm(args)
     _check_parallel(args)
+    _check_fp8(args)
     _check_engine(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
@@ -274,6 +290,18 @@ def _check_engine(args: argparse.Namespace) -> None:
         )
     if importlib.util.find_spec("sglang") is None and not args.dry_run:
         raise UserError("--sglang-servers: SGLang is not installed; run 'make sglang', or use a container that has it")
+
+
+def _check_fp8(args: argparse.Namespace) -> None:
+    check_fp8(args)
+    if args.fp8 and not args.dry_run and not uses_transformer_engine(args.transformer_impl):
+        fix = "leave out --transformer-impl local" if uses_transformer_engine() else "use an NGC PyTorch container"
+        raise UserError(f"FP8 needs TransformerEngine's layers on a GPU, and this run would not use them; {fix}")
+    if args.max_tokens_per_microbatch < pack_alignment(args):
+        raise UserError(
+            f"--max-tokens-per-microbatch {args.max_tokens_per_microbatch} is less than the {pack_alignment(args)} "
+            f"tokens that FP8 packs are filled up to; raise it"
+        )
 
 
 def expert_parallel_size(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Quantise a Hugging Face checkpoint after training with ModelOpt, for SGLang to serve.
 
-    .cache/modelopt/bin/python tools/quantize_checkpoint.py --hf DIR --prompts FILE --out DIR --format fp8
+    .venv-modelopt/bin/python tools/quantize_checkpoint.py --hf DIR --prompts FILE --out DIR --format fp8
 
 Needs the packages of `make modelopt`. `fp8`: E4M3 weights and activations, one scale per tensor (Hopper and later);
 `nvfp4`: FP4 weights and activations, one scale per 16 values (Blackwell). Embeddings, norms, routers and the output
@@ -143,7 +143,7 @@ def describe(folder: Path) -> dict[str, Any]:
 def check(ours: argparse.Namespace) -> None:
     if importlib.util.find_spec("modelopt") is None:
         raise UserError(
-            "modelopt is not installed: run 'make modelopt' and start this tool with .cache/modelopt/bin/python"
+            "modelopt is not installed: run 'make modelopt' and start this tool with .venv-modelopt/bin/python"
         )
     if ours.out.exists() and (not ours.out.is_dir() or any(ours.out.iterdir())):
         raise UserError(f"--out {ours.out} exists: give a new folder")

@@ -48,7 +48,7 @@ class Bridge:
         if importlib.util.find_spec("megatron.bridge") is None:
             raise UserError(
                 "--bridge megatron-bridge: megatron.bridge is not installed; run 'make bridge' and start the tool "
-                "with .cache/bridge/bin/python"
+                "with .venv-bridge/bin/python"
             )
         if not (Path(hf_dir) / "config.json").is_file():
             raise UserError(f"{hf_dir} has no config.json: give a Hugging Face model folder.")

@@ -38,6 +38,7 @@ def make_micro_batches(
                 advantage_S[list(mb)],
                 None if scale_S is None else scale_S[list(mb)],
                 update.alignment,
+                update.pack_alignment,
             )
             .shard(context.rank(), context.size())
             .to(replicas.device)

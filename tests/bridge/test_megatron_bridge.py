@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".cache" / "bridge" / "bin" / "python"
+PYTHON = Path(sys.prefix + "-bridge") / "bin" / "python"
 
 
 def test_agrees_with_megatron_bridge(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".cache" / "modelopt" / "bin" / "python"
+PYTHON = Path(sys.prefix + "-modelopt") / "bin" / "python"
 TOOL = ROOT / "tools" / "quantize_checkpoint.py"
 
 

@@ -54,9 +54,15 @@ def samples(lengths: list[int], seed: int = 0) -> list[Sample]:
         tokens = torch.tensor(tokens, dtype=torch.int32).numpy()
         made.append(
             Sample(
-                prompt_id=number, group_id=number, tokens=tokens, rollout_logp=torch.zeros(len(tokens)).numpy(),
-                response_mask=(torch.arange(len(tokens)) >= len(tokens) // 3).numpy(), finish_reason="stop",
-                weight_versions=(), reward=0.0, correct=False,
+                prompt_id=number,
+                group_id=number,
+                tokens=tokens,
+                rollout_logp=torch.zeros(len(tokens)).numpy(),
+                response_mask=(torch.arange(len(tokens)) >= len(tokens) // 3).numpy(),
+                finish_reason="stop",
+                weight_versions=(),
+                reward=0.0,
+                correct=False,
             )  # fmt: skip
         )
     return made
@@ -102,7 +108,11 @@ def check_names(folder: Path) -> None:
     fused = ("self_attention.linear_qkv", "mlp.linear_fc1")
     assert names[0] - names[1] == {f"decoder.layers.{n}.{name}.layer_norm_weight" for n in layers for name in fused}
     keys = [
-        {getattr(value, "key", name) for name, value in model.sharded_state_dict().items() if "_extra_state" not in name}
+        {
+            getattr(value, "key", name)
+            for name, value in model.sharded_state_dict().items()
+            if "_extra_state" not in name
+        }
         for model in (te, local)
     ]
     assert keys[0] == keys[1] and len(keys[0]) >= 10
@@ -119,7 +129,9 @@ def check_hf_weights(folder: Path) -> None:
 
 def check_bf16(folder: Path) -> None:
     batch = packed([17, 49, 65])
-    (te_logp_T, te_gradients), (logp_T, gradients) = (with_gradients(build(folder, flags), batch) for flags in (TE, LOCAL))
+    (te_logp_T, te_gradients), (logp_T, gradients) = (
+        with_gradients(build(folder, flags), batch) for flags in (TE, LOCAL)
+    )
     assert 0 < float((te_logp_T - logp_T).abs().max()) < 0.05
     assert relative_gap(te_gradients, gradients) < 0.03
 

@@ -1,4 +1,4 @@
-"""FP8 over tensor- and sequence-parallel, and over context-parallel ranks: the same log-probs as in one process."""
+"""FP8 over tensor-, sequence- and context-parallel ranks: log-probs as near to one process as rounding leaves them."""
 
 import warnings
 from pathlib import Path
@@ -42,8 +42,10 @@ def check(folder: Path, recipe: str, layout: str, share: int) -> None:
     else:
         mask_T = batch.response_mask_T
     gap, noise = (float((found_T - alone_T)[mask_T].abs().mean()) for found_T in (new_t.detach(), plain_T))
-    # Sums in another order round differently in BF16, which moves some values to the next FP8 number.
-    print("gap", recipe, layout, share, gap, noise, in_bf16, flush=True)
+    # Sums in another order round differently in BF16, which moves some values to the next FP8 number; a scale for each
+    # rank's tensor is another quantisation altogether.
+    allowed = 1.0 if recipe == "tensorwise" else 0.25 if context > 1 else 0.6
+    assert 0 < gap < allowed * noise and 0.02 < noise < 0.1, (gap, noise)
 
 
 def cases(folder: Path) -> dict:

@@ -51,7 +51,9 @@ def main() -> None:
         run(model_cases.cases(folder))
     run(parallel_cases.cases(folder), shared=True)
     dist.destroy_process_group()
-    run(training_cases.cases(folder), shared=True)
+    run(training_cases.cases(folder, training_cases.ALONE, 1))
+    run(training_cases.cases(folder, training_cases.TOGETHER, 2), shared=True)
+    run(training_cases.cases(folder, training_cases.CONTINUED, 1))
 
 
 if __name__ == "__main__":

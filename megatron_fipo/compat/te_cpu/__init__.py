@@ -14,10 +14,11 @@ compiled half is installed, `install` refuses.
     python -m megatron_fipo.compat.te_cpu [--gpu blackwell] MODULE [ARGUMENTS]     runs MODULE with the stand-in
 """
 
-import importlib
+import contextlib
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -95,6 +96,24 @@ def _properties(_original: Any) -> Any:
     return properties
 
 
+class _Done:
+    """The handle of collectives that have ended."""
+
+    def wait(self) -> None: ...
+
+
+def _coalescing_manager(original: Any) -> Any:
+    @contextlib.contextmanager
+    def manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+        if device is None:  # Megatron's calls
+            with original(group, device, async_ops) as handle:
+                yield handle
+        else:
+            yield _Done()
+
+    return manager
+
+
 _ASKED = "TransformerEngine asks for it, and it raises without CUDA"
 PATCHES = (
     Patch("torch", "cuda.current_device", _ASKED, lambda original: lambda: torch.device("cpu")),
@@ -103,4 +122,5 @@ PATCHES = (
     Patch("torch", "cuda.is_current_stream_capturing", _ASKED, lambda original: lambda: False),
     Patch("torch", "cuda.nvtx.range_push", _ASKED, lambda original: lambda message: None),
     Patch("torch", "cuda.nvtx.range_pop", _ASKED, lambda original: lambda: None),
+    Patch("torch.distributed", "_coalescing_manager", "gloo cannot merge collectives", _coalescing_manager),
 )

@@ -72,6 +72,7 @@ _VALUES: dict[str, Any] = {
     "get_num_cublas_streams": lambda: 4,
     "get_stream_priority_range": lambda device=None: (0, -1),
     "ubuf_built_with_mpi": lambda: False,
+    "multi_tensor_scale_tensor": optimizer.multi_tensor_scale,  # by a number that is on the device
     "device_supports_multicast": lambda device=None: False,
     # Imported by *, which does not ask the module for what it lacks.
     "layernorm_fwd": _not_emulated("layernorm_fwd"),
@@ -83,6 +84,7 @@ _VALUES: dict[str, Any] = {
             kernels.rmsnorm_bwd,
             kernels.generic_gemm,
             kernels.fp8_transpose,
+            kernels.swap_first_dims,
             kernels.bgrad_quantize,
             quantization.create_empty_quantized_tensor,
             quantization.quantize,

@@ -103,6 +103,12 @@ def fp8_transpose(tensor: Tensor, dtype: int, *, out: Tensor | None = None) -> T
     return transposed if out is None else out.copy_(transposed.view(out.shape))
 
 
+def swap_first_dims(tensor: Tensor, out: Tensor | None = None) -> Tensor:
+    """[A, B, ...] -> [B, A, ...]."""
+    swapped = tensor.transpose(0, 1).contiguous()
+    return swapped if out is None else out.copy_(swapped)
+
+
 def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     """The gradient of a bias, and the quantised gradient that it comes from."""
     return as_matrix(gradient).sum(0).to(gradient.dtype), quantize(gradient, quantizer)

@@ -30,7 +30,7 @@ def multi_tensor_adam(
         parameter.copy_(p - lr * update)
 
 
-def multi_tensor_scale(chunk_size: int, noop: Tensor, lists: TensorLists, scale: float) -> None:
+def multi_tensor_scale(chunk_size: int, noop: Tensor, lists: TensorLists, scale: float | Tensor) -> None:
     """Second list = first list * scale; `noop` becomes 1 where a value is not finite."""
     for source, target in zip(*lists, strict=True):
         if not source.isfinite().all():

@@ -30,6 +30,7 @@ from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
 from megatron_fipo.rewards.flags import add_reward_flags
 from megatron_fipo.rollout.sglang.flags import split_flags
+from megatron_fipo.rollout.sglang.served import check_rollout_weights
 from megatron_fipo.validation import check, check_command_line, expert_parallel_size, model_parallel_size
 
 DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
@@ -349,7 +350,9 @@ def banner(args: argparse.Namespace) -> dict[str, str]:
 def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
     """Every number that follows from the flags, as printed at the start and by --dry-run."""
     samples = args.grpo_prompts_per_step * args.grpo_group_size
-    return {
+    known = args.rollout_engine == "sglang" and args.hf_model
+    precision = {"precision": check_rollout_weights(args).summary()} if known else {}
+    return precision | {
         "preset": args.preset,
         "loss": args.loss,
         "fipo_semantics": args.fipo_semantics,

@@ -13,6 +13,7 @@ Exit code: 0, or 2 for a mistake that the user can mend, told in one line on std
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def make(hf_dir: Path, out: Path, scheme: Any, *, power_of_two: bool, skip: Sequ
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
+    warnings.simplefilter("ignore")  # Megatron's, of its own configuration
     try:
         result = make(args.hf, args.out, args.format, power_of_two=not args.fp32_scales, skip=args.skip)
     except UserError as error:

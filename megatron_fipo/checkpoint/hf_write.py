@@ -95,7 +95,7 @@ def copy_side_files(
         if file.is_file() and not _WEIGHTS.fullmatch(file.name):
             shutil.copy(file, folder)
     config = json.loads((folder / "config.json").read_text())
-    changed = {"quantization_config": dict(quantization)} if quantization else {}
+    changed: dict[str, Any] = {"quantization_config": dict(quantization)} if quantization else {}
     named = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and named != str(dtype).removeprefix("torch."):
         changed["dtype"] = str(dtype).removeprefix("torch.")

@@ -36,7 +36,7 @@ class WeightFormat:
         declared = config.get("quantization_config")
         if declared is None:
             return cls()
-        method = declared.get("quant_method") if isinstance(declared, dict) else declared
+        method = str(declared.get("quant_method") if isinstance(declared, dict) else declared)
         if method not in ("fp8", "mxfp8"):
             raise UserError(f"{where} is quantised by {method!r}, {_CANNOT_BE_UPDATED.get(method, _UNKNOWN)}; {_FIX}")
         block = declared.get("weight_block_size")

@@ -56,7 +56,9 @@ class PrecisionReport:
         """The same as a sentence; None if there is none."""
         if not (names := self.differing):
             return None
-        pairs = {(self.trainer.precision(name), self.rollout.precision(name)): name for name in reversed(names)}
+        pairs: dict[tuple[str, str], str] = {}
+        for name in names:
+            pairs.setdefault((self.trainer.precision(name), self.rollout.precision(name)), name)
         examples = "; ".join(f"{name}: {ours} here, {theirs} there" for (ours, theirs), name in pairs.items())
         return f"{len(names)} of {len(self.weights)} linear weights differ between trainer and engine ({examples})"
 

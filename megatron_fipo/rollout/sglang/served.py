@@ -147,7 +147,7 @@ class ServedModel:
         """[out, in] of one rank: o and down are cut along ``in``, the others along ``out``; a key head is never cut."""
         (rows, columns), ranks = shape, server["tp_size"]
         if ".experts." in name:
-            ranks //= server["ep_size"]
+            ranks //= server.get("ep_size", 1)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             return rows, columns / ranks
         if name.endswith(("k_proj.weight", "v_proj.weight")):

@@ -52,8 +52,7 @@ def block_fp8(
 def mxfp8(weight: Tensor, *, name: str = "the weight") -> tuple[Tensor, Tensor]:
     """Quantise in rows of 32 values with the scale of the OCP microscaling format: 2^e, held as e + 127.
 
-    2^e is max |weight| / 448 rounded up to a power of two; 2^-127 for values that are all smaller than that, to which
-    TransformerEngine then applies the scale 1 (common/util/ptx.cuh), so that they become zeros.
+    2^e is max |weight| / 448 rounded up to a power of two, at least 2^-127 (TransformerEngine, common/util/ptx.cuh).
 
     Args:
         weight: [out, in] in fp32, bf16 or fp16; ``in`` a multiple of 32.
@@ -73,7 +72,7 @@ def mxfp8(weight: Tensor, *, name: str = "the weight") -> tuple[Tensor, Tensor]:
     bits = (amax * (1 / E4M3_MAX)).view(torch.int32)
     half_of_least = 0x400000  # of a subnormal's mantissa: 2^-127, the least power of two that E8M0 has
     exponent = torch.where(bits >= 1 << 23, bits + (1 << 23) - 1, bits + half_of_least - 1) >> 23
-    scale = ((254 - exponent) << 23).view(torch.float32).masked_fill_(exponent == 0, 1.0)
+    scale = ((254 - exponent) << 23).view(torch.float32)  # 2^-e
     return _scale(blocks, scale[:, :, None]).view(rows, columns), exponent.to(torch.uint8)
 
 

@@ -40,7 +40,6 @@ SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2} |
 FAMILIES = {"qwen3": SIZES, "qwen3_moe": SIZES | {"moe_intermediate_size": 128, "mlp_only_layers": None}}
 
 SKIPPED = "layers.1.self_attn.o_proj"
-FLAGS = {"qwen3": (), "qwen3_moe": ("--skip-server-warmup",)}  # its experts' kernel has no stand-in
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def fp8_servers(models, tmp_path_factory):
         patch.setattr(servers_module, "launch", SimpleNamespace(__name__="fp8_server", **keys))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
         futures = {
-            family: pool.submit(start_servers, StartSettings(str(fp8), 1, FLAGS[family], "bfloat16", 1, logs / family))
+            family: pool.submit(start_servers, StartSettings(str(fp8), 1, (), "bfloat16", 1, logs / family))
             for family, (_, fp8) in models.items()
         }
         started = {family: future.result()[0] for family, future in futures.items()}
@@ -157,14 +156,15 @@ def test_servers_hold_what_the_trainer_means(family, models, fp8_servers, traine
     assert not {*report["ranks"][0]["checksums"].values()} & {*reported.values()}
 
 
-def test_generation_after_an_update(models, trainers, fp8_servers):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_after_an_update(family, models, trainers, fp8_servers):
     """Log-probs are those of a model with the quantised weights' values, and not those of the unquantised one."""
     from transformers import AutoModelForCausalLM
 
     from megatron_fipo.checkpoint.hf import export_hf_weights
 
-    (bf16, fp8), chunks, server = models["qwen3"], trainers["qwen3"], fp8_servers["qwen3"]
-    sync, fleet = sync_of(models, "qwen3", chunks, server)
+    (bf16, fp8), chunks, server = models[family], trainers[family], fp8_servers[family]
+    sync, fleet = sync_of(models, family, chunks, server)
     publish(sync, fleet, 9)
     sync.close()
     assert fleet.serving() == [server], fleet.reasons()

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron_fipo.quantization.block_fp8 import BLOCK
@@ -35,16 +36,20 @@ def trainer_format(args: argparse.Namespace) -> WeightFormat:
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """``weights``: the model's linear weights, [out, in] each; nothing else is ever quantised."""
+    """Of the model that ``architecture`` describes (Megatron's arguments, `model.hf_config.architecture`).
+
+    ``tensor_parallel``: ranks over which the trainer cuts weights.
+    """
 
     trainer: WeightFormat
     rollout: WeightFormat
-    weights: Mapping[str, tuple[int, int]]
+    architecture: Mapping[str, Any]
+    tensor_parallel: int = 1
 
-    @classmethod
-    def of(cls, trainer: WeightFormat, rollout: WeightFormat, architecture: Mapping[str, Any]) -> "PrecisionReport":
-        """For the model that Megatron's arguments describe (`model.hf_config.architecture`)."""
-        return cls(trainer, rollout, linear_weights(architecture))
+    @cached_property
+    def weights(self) -> list[str]:
+        """Of its linear layers; nothing else is ever quantised."""
+        return list(linear_weights(self.architecture))
 
     @property
     def differing(self) -> list[str]:
@@ -70,17 +75,23 @@ class PrecisionReport:
             "rollout_fp8": sum(map(self.rollout.quantizes, self.weights)),
             "differing": len(self.differing),
             "difference": self.difference,
+            "blocks_cut_elsewhere": self.blocks_cut_elsewhere,
         }
 
+    @property
+    def blocks_cut_elsewhere(self) -> list[str]:
+        """Kinds of linear layers whose 128 x 128 blocks lie elsewhere in the trainer than in the engine.
 
-def cut_elsewhere(architecture: Mapping[str, Any], tensor_parallel: int) -> list[str]:
-    """Kinds of linear layers whose 128 x 128 blocks lie elsewhere in the trainer than in the weights' HF form.
-
-    The trainer quantises its own shard of the fused weights, in which the rows of each query group (query heads, key,
-    value) and of gate and up follow each other. Both see the same numbers only where every part begins on a block.
-    """
-    head, heads, ffn = (architecture[key] for key in ("kv_channels", "num_attention_heads", "ffn_hidden_size"))
-    sizes = {"q, k and v": head, "o": heads * head // tensor_parallel, "gate, up and down": ffn // tensor_parallel}
-    if architecture.get("num_experts"):
-        sizes["experts"] = architecture["moe_ffn_hidden_size"]
-    return [kind for kind, size in sizes.items() if size % BLOCK]
+        The trainer quantises its shard of fused weights, in which the rows of each query group (its queries, key and
+        value) and of gate and up follow each other. Both have the same numbers only where every part begins on a block.
+        """
+        if {self.trainer.scheme, self.rollout.scheme} != {"block"}:
+            return []
+        model, ranks = self.architecture, self.tensor_parallel
+        head, ffn = model["kv_channels"], model["ffn_hidden_size"] // ranks
+        sizes = {"q, k, v": head, "o": model["num_attention_heads"] * head // ranks, "gate, up, down": ffn}
+        if ranks == 1:  # it begins on a block
+            del sizes["o"]
+        if model.get("num_experts"):
+            sizes["experts"] = model["moe_ffn_hidden_size"]
+        return [kind for kind, size in sizes.items() if size % BLOCK]

@@ -11,7 +11,7 @@ import torch
 from megatron_fipo.errors import UserError
 from megatron_fipo.quantization.formats import WeightFormat
 from megatron_fipo.quantization.layers import linear_weights
-from megatron_fipo.quantization.precision import PrecisionReport, cut_elsewhere, trainer_format
+from megatron_fipo.quantization.precision import PrecisionReport, trainer_format
 from megatron_fipo.rollout.sglang.served import ServedModel, check_rollout_weights, server_fields
 
 ARCHITECTURE = {
@@ -186,7 +186,7 @@ def trainer(**arguments) -> WeightFormat:
 
 
 def difference(ours: WeightFormat, theirs: WeightFormat) -> str | None:
-    return PrecisionReport.of(ours, theirs, ARCHITECTURE).difference
+    return PrecisionReport(ours, theirs, ARCHITECTURE).difference
 
 
 def test_trainer_and_engine_compute_in_the_same_numbers(monkeypatch):
@@ -219,11 +219,21 @@ def test_differences_are_named(ours, theirs, message):
     assert re.search(message, difference(ours, theirs))
 
 
-def test_blocks_that_the_trainer_cuts_elsewhere():
-    assert cut_elsewhere(ARCHITECTURE, 1) == [] and cut_elsewhere(ARCHITECTURE, 2) == []
-    assert cut_elsewhere(ARCHITECTURE, 4) == ["gate, up and down"]
-    assert cut_elsewhere(ARCHITECTURE | {"kv_channels": 64}, 1) == ["q, k and v"]
-    assert cut_elsewhere(EXPERTS | {"moe_ffn_hidden_size": 192}, 1) == ["experts"]
+@pytest.mark.parametrize(
+    ("change", "ranks", "kinds"),
+    [
+        ({}, 1, []),
+        ({}, 2, []),
+        ({}, 4, ["gate, up, down"]),
+        ({}, 8, ["o", "gate, up, down"]),
+        ({"kv_channels": 64}, 1, ["q, k, v"]),
+        ({"num_experts": 4, "moe_ffn_hidden_size": 192}, 1, ["experts"]),
+    ],
+)
+def test_blocks_that_the_trainer_cuts_elsewhere(change, ranks, kinds):
+    block = WeightFormat("block")
+    assert PrecisionReport(block, block, ARCHITECTURE | change, ranks).blocks_cut_elsewhere == kinds
+    assert PrecisionReport(WeightFormat("mxfp8"), block, ARCHITECTURE | change, ranks).blocks_cut_elsewhere == []
 
 
 # --- at the start of a run -------------------------------------------------------------------------------------------
@@ -261,6 +271,7 @@ def test_a_run_says_in_what_numbers_it_computes(folders):
     args = parse(bf16, "--sglang-servers", 1)
     assert batch_arithmetic(args)["precision"] == {
         "linear_weights": 21, "trainer_fp8": 0, "rollout_fp8": 0, "differing": 0, "difference": None,
+        "blocks_cut_elsewhere": [],
     }  # fmt: skip
     with pytest.raises(
         UserError, match="21 of 21 linear weights differ .* weigh the difference with --rollout-correction"

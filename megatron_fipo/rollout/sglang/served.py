@@ -182,7 +182,7 @@ def check_rollout_weights(args: argparse.Namespace) -> PrecisionReport:
             f"--check-weights: servers change {served.format} after loading it, so there is nothing to compare; "
             f"leave it out"
         )
-    report = PrecisionReport.of(trainer_format(args), served.format, served.architecture)
+    report = PrecisionReport(trainer_format(args), served.format, served.architecture, args.tensor_model_parallel_size)
     if report.difference and not args.rollout_correction:
         raise UserError(
             f"{report.difference}: train as the engine computes (docs/fp8_rollouts.md), or weigh the difference with "

@@ -14,6 +14,8 @@ from megatron_fipo.model.build import uses_transformer_engine
 from megatron_fipo.model.fp8_training import check_fp8
 from megatron_fipo.model.hf_config import architecture
 from megatron_fipo.rewards.functions import parse_terms
+from megatron_fipo.rollout.sglang.flags import DESCRIBING
+from megatron_fipo.rollout.sglang.served import check_rollout_weights
 from megatron_fipo.settings import advantage_config, correction_config, kl_estimator, loss_config, pack_alignment
 
 _REFUSED = {
@@ -159,6 +161,8 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
     _check_save_hf(args)
+    if args.rollout_engine == "sglang":
+        check_rollout_weights(args)
 
 
 def _check_prompts(args: argparse.Namespace) -> None:
@@ -327,8 +331,9 @@ def _check_engine(args: argparse.Namespace) -> None:
             "--rollout-engine sglang needs either --sglang-servers N (start N on each node) or --sglang-url URL..."
         )
     if args.sglang_url is not None:
-        if args.sglang_flags or args.sglang_port:
-            flag = args.sglang_flags[0][2:] if args.sglang_flags else "port"
+        passed = [flag for flag in args.sglang_flags if flag.startswith("--") and flag not in DESCRIBING]
+        if passed or args.sglang_port:
+            flag = passed[0][2:] if passed else "port"
             raise UserError(f"--sglang-{flag} is for servers that are started here; give it to those of --sglang-url")
         for url in args.sglang_url:
             if not re.fullmatch(r"https?://[^/\s]+/?", url):

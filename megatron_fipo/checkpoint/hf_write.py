@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from megatron_fipo.model.hf_config import read_hf_config
 
 MAX_SHARD_BYTES = 4 * 2**30
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 
 
 def save_hf(
@@ -55,6 +55,7 @@ def write_hf_folder(
     hf_source_dir: str | Path,
     out_dir: str | Path,
     dtype: torch.dtype | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the stream `tensors`, which brings what `layout` says, beside the files of `hf_source_dir`.
 
@@ -62,13 +63,14 @@ def write_hf_folder(
 
     Args:
         dtype: written into config.json; None: the configuration stays as it is.
+        quantization: the quantization_config of config.json.
     """
     source, out = Path(hf_source_dir), Path(out_dir)
     partial, replaced = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
     for folder in (partial, replaced):
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        copy_side_files(source, partial, dtype)
+        copy_side_files(source, partial, dtype, quantization)
         _write_shards(iter(tensors), layout, partial)
         if out.exists():
             out.rename(replaced)

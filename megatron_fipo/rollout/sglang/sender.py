@@ -46,6 +46,7 @@ class SyncSettings:
     and values again under the new weights, "in_place" lets them go on with the old ones.
     ``check``: compare checksums of all parameters after each update; for servers of one rank each.
     ``deadline_s``: of every call and its collective; ``join_deadline_s``: for forming the group.
+    ``fault_of``: why a server with this /server_info cannot take these weights; None if it can.
     """
 
     bucket_bytes: int = 512 * 2**20
@@ -53,6 +54,7 @@ class SyncSettings:
     check: bool = False
     deadline_s: float = 120.0
     join_deadline_s: float = 60.0
+    fault_of: Callable[[Answer], str | None] = lambda info: None
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ class Sender:
                 self._condemn(
                     server, "/server_info", "servers with pipeline stages cannot be updated; use tensor parallelism"
                 )
+            if wrong := self._settings.fault_of(info):
+                self._condemn(server, "/server_info", wrong)
             if self._settings.check and info["tp_size"] != 1:
                 self._condemn(server, "--check-weights", f"needs servers of one rank, this one has {info['tp_size']}")
         for server, report in self._each(self._not_condemned(infos), "/weights_checker", self._checksums).items():

@@ -80,7 +80,8 @@ def train(run: Session, args: argparse.Namespace) -> None:
         due = step % args.eval_interval == 0 or step == args.num_steps
         # Asked to stop, a run saves at once: an evaluation may take longer than the signal leaves.
         evaluation = evaluate(run) if due and not run.interruption.received() else None
-        run.recorder.step(step, rollout, updates, entropy_sum, correction, results, learning_rate, evaluation)
+        extra = correction | run.engine.metrics()
+        run.recorder.step(step, rollout, updates, entropy_sum, extra, results, learning_rate, evaluation)
         state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)

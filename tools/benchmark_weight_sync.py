@@ -28,10 +28,10 @@ from megatron_fipo.observe.environment import describe_environment
 from megatron_fipo.rollout.sglang.calls import Calls
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import server_parameter
-from megatron_fipo.rollout.sglang.sender import SyncSettings
 from megatron_fipo.rollout.sglang.server import Server, ServerAddress
 from megatron_fipo.rollout.sglang.servers import StartSettings, start_servers
 from megatron_fipo.rollout.sglang.update_group import UpdateGroup
+from megatron_fipo.rollout.sglang.update_session import SyncSettings
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
 BUCKET_MB = 64  # the default without GPUs

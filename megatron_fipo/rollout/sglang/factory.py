@@ -12,9 +12,9 @@ from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.sglang.client import Client
 from megatron_fipo.rollout.sglang.engine import SGLangEngine
 from megatron_fipo.rollout.sglang.fleet import Fleet
-from megatron_fipo.rollout.sglang.sender import SyncSettings
 from megatron_fipo.rollout.sglang.server import Server
 from megatron_fipo.rollout.sglang.servers import StartSettings, address_of, attach, gather_fleet, start_servers
+from megatron_fipo.rollout.sglang.update_session import SyncSettings
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"

@@ -26,9 +26,10 @@ from torch import Tensor
 from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets, make_buffers
 from megatron_fipo.rollout.sglang.calls import Answer, Calls, failed, fault
 from megatron_fipo.rollout.sglang.fleet import Fleet
-from megatron_fipo.rollout.sglang.parameters import Checksums, name_mismatch
-from megatron_fipo.rollout.sglang.server import MalformedAnswer, Server, ServerLost, ServerRefused
+from megatron_fipo.rollout.sglang.parameters import Checksums
+from megatron_fipo.rollout.sglang.server import Server, ServerLost, ServerRefused
 from megatron_fipo.rollout.sglang.update_group import UpdateGroup, address_towards, default_backend
+from megatron_fipo.rollout.sglang.update_session import SyncSettings, UpdateSession, condemn
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +37,6 @@ _JOIN = "/init_weights_update_group"
 _RECEIVE_FAILED = "Failed to receive weights"  # SGLang's words for a broken broadcast, whoever broke it
 _RELEASE_S = 8.0  # for a server to notice that a group's meeting point is gone, or its sender
 _POLL_S = 0.05
-
-
-@dataclass(frozen=True)
-class SyncSettings:
-    """``bucket_bytes``: size of a message, and of each of the sender's two buffers.
-
-    ``pause``: what becomes of requests in flight. "abort" ends them with what they have, "retract" computes their keys
-    and values again under the new weights, "in_place" lets them go on with the old ones.
-    ``check``: compare checksums of all parameters after each update; for servers of one rank each.
-    ``deadline_s``: of every call and its collective; ``join_deadline_s``: for forming the group.
-    """
-
-    bucket_bytes: int = 512 * 2**20
-    pause: str = "retract"
-    check: bool = False
-    deadline_s: float = 120.0
-    join_deadline_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -80,11 +64,12 @@ class Sender:
 
     def __init__(self, buckets: Sequence[Bucket], device: torch.device, fleet: Fleet, settings: SyncSettings) -> None:
         self._buckets, self._device, self._fleet, self._settings = buckets, device, fleet, settings
-        self._tensor_names = [spec.name for bucket in buckets for spec in bucket.specs]
+        self._session = UpdateSession([spec.name for bucket in buckets for spec in bucket.specs], settings)
         self._group_names = (f"megatron-fipo-{secrets.token_hex(4)}-{n}" for n in itertools.count())
         self._calls = Calls()
         self._group: UpdateGroup | None = None
         self._versions: dict[Server, str | None] = {}  # of the group's members, in its order: what each must report
+        self._sizes: list[int] = []  # and of how many ranks it is
         self._buffers: list[Tensor] = []
         self._sums: Checksums | None = None
 
@@ -101,7 +86,7 @@ class Sender:
                 self._dissolve()
                 if not self._join(servers):
                     continue
-            if len(self._each(servers, "the begin of the update", self._begin)) == len(servers):
+            if len(self._each(servers, "the begin of the update", self._session.begin)) == len(servers):
                 return True
             self._dissolve()
         return False
@@ -117,11 +102,8 @@ class Sender:
 
     def _join(self, servers: Sequence[Server]) -> bool:
         """Form the group; False if a server was condemned instead."""
-        infos = self._each(
-            servers, "/server_info", lambda server: server.get("/server_info", self._settings.deadline_s)
-        )
-        self._check_models(infos)
-        if len(self._not_condemned(servers)) < len(servers):
+        infos = self._each(servers, "the check of its model", self._session.check_model)
+        if len(infos) < len(servers):
             return False
         ranks = [int(infos[server]["tp_size"]) for server in servers]
         group = UpdateGroup(
@@ -150,7 +132,7 @@ class Sender:
             ),
         )
         if self._meet(group, answers):
-            self._group, self._versions = group, dict.fromkeys(servers)
+            self._group, self._versions, self._sizes = group, dict.fromkeys(servers), ranks
             return True
         group.close()
         return False
@@ -178,31 +160,6 @@ class Sender:
             self._condemn(server, _JOIN, fault(answers[server]) or broken)
         return False
 
-    def _check_models(self, infos: dict[Server, Answer]) -> None:
-        """Condemn servers that have no place for a tensor, or parameters that no tensor fills."""
-        for server, info in infos.items():
-            if info.get("pp_size", 1) != 1:
-                self._condemn(
-                    server, "/server_info", "servers with pipeline stages cannot be updated; use tensor parallelism"
-                )
-            if self._settings.check and info["tp_size"] != 1:
-                self._condemn(server, "--check-weights", f"needs servers of one rank, this one has {info['tp_size']}")
-        for server, report in self._each(self._not_condemned(infos), "/weights_checker", self._checksums).items():
-            if wrong := name_mismatch(self._tensor_names, report["ranks"][0]["checksums"]):
-                self._condemn(server, "names of tensors", wrong)
-
-    async def _begin(self, server: Server) -> Answer:
-        """Pause generation and open a session, first closing one that a trainer left open as it died."""
-        deadline = self._settings.deadline_s
-        await server.post("/pause_generation", {"mode": self._settings.pause}, deadline, admin=True)
-        try:
-            return await server.post("/begin_weight_update", {}, deadline, admin=True)
-        except ServerRefused as error:
-            if "already open" not in error.text:
-                raise
-        await server.post("/end_weight_update", {}, deadline, admin=True)
-        return await server.post("/begin_weight_update", {}, deadline, admin=True)
-
     def _dissolve(self) -> None:
         """Leave the group and let those members forget it that can."""
         if self._group is None:
@@ -222,7 +179,7 @@ class Sender:
 
     def transfer(self, stream: Iterator[tuple[str, Tensor]], version: str) -> bool:
         """Whether every server has loaded every bucket; if not, some are condemned and the group is dissolved."""
-        self._sums = Checksums(self._tensor_names) if self._settings.check else None
+        self._sums = self._session.checksums(self._sizes)
         capacity = self._settings.bucket_bytes
         buffers = self._buffers or make_buffers(self._buckets, capacity, self._device)
         if self._device.type == "cpu":  # new pages cost about as much as the wire; CUDA's allocator keeps its own
@@ -287,36 +244,16 @@ class Sender:
     def finish(self, version: str) -> None:
         """Admit each server whose update ends well."""
         members = list(self._versions)
-        finished = self._each(members, "the end of the update", lambda server: self._end(server, version))
+        finished = self._each(
+            members, "the end of the update", lambda server: self._session.end(server, version, self._sums)
+        )
         for server in finished:
             self._versions[server] = version
             self._fleet.admit(server)
         if len(finished) < len(members):
             self._dissolve()
 
-    async def _end(self, server: Server, version: str) -> Answer:
-        """Close the session, check what the server holds, and let it generate."""
-        deadline = self._settings.deadline_s
-        await server.post("/end_weight_update", {}, deadline, admin=True)
-        try:
-            await server.post("/flush_cache", {}, deadline, admin=True)
-        except ServerRefused as error:  # requests that go on with their old keys and values hold the cache
-            if self._settings.pause != "in_place":
-                raise
-            log.warning("%s keeps its cache: %s", server, error)
-        info = await server.get("/model_info", deadline)
-        if info.get("weight_version") != version:
-            raise MalformedAnswer(f"it reports version {info.get('weight_version')!r} after the update to {version!r}")
-        if self._sums:
-            report = await self._checksums(server)
-            if wrong := self._sums.mismatch(report["ranks"][0]["checksums"]):
-                raise MalformedAnswer(f"--check-weights: {wrong}")
-        return await server.post("/continue_generation", {}, deadline, admin=True)
-
     # --- calls -------------------------------------------------------------------------------------------------------
-
-    async def _checksums(self, server: Server) -> Answer:
-        return await server.post("/weights_checker", {"action": "checksum"}, self._settings.deadline_s, admin=True)
 
     def _each(
         self, servers: Sequence[Server], step: str, call: Callable[[Server], Coroutine[Any, Any, Answer]]
@@ -331,11 +268,7 @@ class Sender:
         return {server: answer.result() for server, answer in answers.items() if not failed(answer)}
 
     def _condemn(self, server: Server, step: str, error: Exception | str) -> None:
-        """With the server's own words; one that does not answer is killed, where this process can."""
-        if isinstance(error, ServerLost):
-            server.kill()
-        tail = server.log_tail()
-        self._fleet.condemn(server, f"{step}: {error}" + (f"\nthe end of its log:\n{tail}" if tail else ""))
+        condemn(self._fleet, server, step, error)
 
     def _not_condemned(self, servers: "Sequence[Server] | dict[Server, Any]") -> list[Server]:
         return [server for server in servers if server not in self._fleet.condemned]

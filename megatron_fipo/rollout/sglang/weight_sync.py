@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron_fipo.rollout.sglang.buckets import TensorSpec, plan_buckets
 from megatron_fipo.rollout.sglang.fleet import Fleet
-from megatron_fipo.rollout.sglang.sender import Sender, SyncSettings
+from megatron_fipo.rollout.sglang.sender import Sender
+from megatron_fipo.rollout.sglang.update_session import SyncSettings
 
 WeightStream = Iterator[tuple[str, Tensor]]
 

@@ -82,7 +82,7 @@ class RawBroadcast:
     """The same bytes in one broadcast to the same process."""
 
     def __init__(self, server: Server, nbytes: int) -> None:
-        self._server, self._calls, self._data = server, Calls(), torch.ones(nbytes, dtype=torch.uint8)
+        self._server, self._calls, self._data = server, Calls(Fleet([server])), torch.ones(nbytes, dtype=torch.uint8)
         self._group = UpdateGroup("raw", 2, "gloo", "127.0.0.1", 60, 120)
         where = {"master_address": self._group.host, "master_port": self._group.port, "group_name": "raw"}
         body = where | {"rank_offset": 1, "world_size": 2, "backend": "gloo"}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_fipo.checkpoint.hf import export_hf_weights
 from megatron_fipo.parallel.replicas import Replicas
@@ -50,9 +51,15 @@ def open_weight_sync(args: argparse.Namespace, chunks: Sequence[torch.nn.Module]
         bucket_bytes=args.weight_sync_bucket_mb * 2**20,
         pause=args.weight_sync_pause,
         check=args.check_weights,
+        kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         deadline_s=args.weight_sync_deadline,
     )
-    return WeightSync(lambda: export_hf_weights(chunks, args.vocab_size), fleet, settings)
+    return WeightSync(
+        lambda: export_hf_weights(chunks, args.vocab_size, own_stage=True),
+        fleet,
+        settings,
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+    )
 
 
 def open_engine(args: argparse.Namespace, fleet: Fleet, sync: WeightSync, replicas: Replicas) -> SGLangEngine:

@@ -71,6 +71,16 @@ class Checksums:
             for shard, values in self.values.items():
                 values[parameter] = _checksum(torch.cat([shard.of(name, tensor) for name, tensor in whole]))
 
+    @classmethod
+    def joined(cls, parts: Iterable["Checksums"]) -> "Checksums":
+        """Those of all the tensors that were added to any of them."""
+        whole = cls(())
+        whole.values = {}
+        for part in parts:
+            for shard, values in part.values.items():
+                whole.values[shard] = whole.values.get(shard, {}) | values
+        return whole
+
     def mismatch(self, reported: Sequence[Mapping[str, str]]) -> str | None:
         """What differs in the reports of a server's ranks; None if nothing does."""
         shards = [shard for shard in self.values if shard.ranks == len(reported)]

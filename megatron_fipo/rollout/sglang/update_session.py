@@ -1,13 +1,13 @@
-"""What is around every weight update, however the tensors travel: the calls to one server before and after them."""
+"""What is around every weight update, however the tensors travel: the calls before the first and after the last."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_fipo.rollout.sglang.calls import Answer
+from megatron_fipo.rollout.sglang.calls import Answer, Calls
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import Checksums, name_mismatch
-from megatron_fipo.rollout.sglang.server import MalformedAnswer, Server, ServerLost, ServerRefused
+from megatron_fipo.rollout.sglang.server import MalformedAnswer, Server, ServerRefused
 from megatron_fipo.rollout.sglang.shards import uncut
 
 log = logging.getLogger(__name__)
@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SyncSettings:
-    """``bucket_bytes``: size of a message, and of each of the sender's two buffers.
+    """``bucket_bytes``: size of a message, and of each of a sender's two buffers.
 
     ``pause``: what becomes of requests in flight. "abort" ends them with what they have, "retract" computes their keys
     and values again under the new weights, "in_place" lets them go on with the old ones.
     ``check``: compare checksums of all parameters after each update; servers of several ranks need ``kv_heads``, the
     number of the model's key-value heads, for it.
-    ``deadline_s``: of every call and its collective; ``join_deadline_s``: for forming the group.
+    ``deadline_s``: of every call and its collective; ``join_deadline_s``: for forming a group.
     """
 
     bucket_bytes: int = 512 * 2**20
@@ -33,29 +33,53 @@ class SyncSettings:
 
 
 class UpdateSession:
-    """For tensors of the names ``tensor_names``. Every method raises ServerLost, ServerRefused, MalformedAnswer."""
+    """Opens and closes updates of servers with all the tensors of ``names``; who fails in one is condemned."""
 
-    def __init__(self, tensor_names: Sequence[str], settings: SyncSettings) -> None:
-        self._tensor_names, self._settings = tensor_names, settings
+    def __init__(self, names: Sequence[str], fleet: Fleet, calls: Calls, settings: SyncSettings) -> None:
+        self._names, self._fleet, self._calls, self._settings = names, fleet, calls, settings
+        self._updated: list[Server] = []  # by the last update,
+        self._version = ""  # to this version
 
-    def checksums(self, sizes: Sequence[int]) -> Checksums | None:
-        """To be given the tensors of an update to servers of so many ranks, if they are to be checked."""
-        return Checksums(self._tensor_names, sizes, self._settings.kv_heads) if self._settings.check else None
+    def is_current(self, servers: Sequence[Server]) -> bool:
+        """Whether these servers were last updated together. One that was restarted since reports another version."""
+        if self._updated != list(servers):
+            return False
+        infos = self._calls.each(
+            servers, "/model_info", lambda server: server.get("/model_info", self._settings.deadline_s)
+        )
+        return len(infos) == len(servers) and all(i.get("weight_version") == self._version for i in infos.values())
 
-    async def check_model(self, server: Server) -> Answer:
+    def check_models(self, servers: Sequence[Server]) -> list[int]:
+        """The number of ranks of each server; shorter if the model of one is not the trainer's."""
+        infos = self._calls.each(servers, "the check of its model", self._check_model)
+        return [int(info["tp_size"]) for info in infos.values()]
+
+    def begin(self, servers: Sequence[Server]) -> bool:
+        """Pause generation and open a session everywhere; False if a server was condemned instead."""
+        self._updated = []
+        return len(self._calls.each(servers, "the begin of the update", self._begin)) == len(servers)
+
+    def finish(self, servers: Sequence[Server], version: str, sums: Checksums | None) -> None:
+        """Admit each server whose update ends well."""
+        finished = self._calls.each(servers, "the end of the update", lambda server: self._end(server, version, sums))
+        self._updated, self._version = list(finished), version
+        for server in finished:
+            self._fleet.admit(server)
+
+    async def _check_model(self, server: Server) -> Answer:
         """Its /server_info, once its model is known to have a place for every tensor, and a tensor for every place."""
         info = await server.get("/server_info", self._settings.deadline_s)
         if info.get("pp_size", 1) != 1:
             raise MalformedAnswer("servers with pipeline stages cannot be updated; use tensor parallelism")
-        if self._settings.check and info["tp_size"] != 1 and (why := uncut(self._tensor_names, info)):
+        if self._settings.check and info["tp_size"] != 1 and (why := uncut(self._names, info)):
             raise MalformedAnswer(f"--check-weights {why}")
         report = await self._checksums(server)
-        if wrong := name_mismatch(self._tensor_names, report["ranks"][0]["checksums"]):
+        if wrong := name_mismatch(self._names, report["ranks"][0]["checksums"]):
             raise MalformedAnswer(wrong)
         return info
 
-    async def begin(self, server: Server) -> Answer:
-        """Pause generation and open a session, first closing one that a trainer left open as it died."""
+    async def _begin(self, server: Server) -> Answer:
+        """The session of a trainer that died in it is closed first."""
         deadline = self._settings.deadline_s
         await server.post("/pause_generation", {"mode": self._settings.pause}, deadline, admin=True)
         try:
@@ -66,7 +90,7 @@ class UpdateSession:
         await server.post("/end_weight_update", {}, deadline, admin=True)
         return await server.post("/begin_weight_update", {}, deadline, admin=True)
 
-    async def end(self, server: Server, version: str, sums: Checksums | None) -> Answer:
+    async def _end(self, server: Server, version: str, sums: Checksums | None) -> Answer:
         """Close the session, check what the server holds, and let it generate."""
         deadline = self._settings.deadline_s
         await server.post("/end_weight_update", {}, deadline, admin=True)
@@ -87,11 +111,3 @@ class UpdateSession:
 
     async def _checksums(self, server: Server) -> Answer:
         return await server.post("/weights_checker", {"action": "checksum"}, self._settings.deadline_s, admin=True)
-
-
-def condemn(fleet: Fleet, server: Server, step: str, error: Exception | str) -> None:
-    """With the server's own words; one that does not answer is killed, where this process can."""
-    if isinstance(error, ServerLost):
-        server.kill()
-    tail = server.log_tail()
-    fleet.condemn(server, f"{step}: {error}" + (f"\nthe end of its log:\n{tail}" if tail else ""))

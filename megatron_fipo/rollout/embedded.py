@@ -93,6 +93,10 @@ class EmbeddedEngine:
     def wake(self) -> None:
         """Nothing to do."""
 
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
+
     def close(self) -> None:
         """Nothing to do."""
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.data.planning import UpdatePlan
 from megatron_fipo.evaluation.accuracy import Evaluation
-from megatron_fipo.loss import FipoConfig
+from megatron_fipo.loss import LossConfig
 from megatron_fipo.model.policy import Update
 from megatron_fipo.observe import alarms
 from megatron_fipo.observe.console import Console
@@ -41,7 +41,7 @@ class Recorder:
         console: Console,
         timer: PhaseTimer,
         replicas: Replicas,
-        loss: FipoConfig,
+        loss: LossConfig,
         efficiency: Efficiency,
         tokenizer: PreTrainedTokenizerBase,
     ):
@@ -73,10 +73,10 @@ class Recorder:
         them once or more. Where an evaluation was due, two samples of the last update go to samples.jsonl as well."""
         statistics = reduce_statistics([update.statistics for update in updates], self._replicas)
         micro_batches = [batch for update in batches for batch in update]
-        policy = policy_metrics(micro_batches, entropy_sum, self._loss, self._replicas)
+        policy = policy_metrics(micro_batches, entropy_sum, self._loss.influence, self._replicas, rollout.stale_samples)
         policy |= staleness(rollout, step - 1, self._replicas)
         policy["perf/peak_memory_gb"] = peak_memory(self._replicas.device) / 1e9
-        numbers = best_and_worst(rollout, plan[-1]) if evaluation else []
+        numbers = best_and_worst(rollout, plan[-1]) if evaluation and self._loss.influence else []
         samples = gather_weights(numbers, rollout, batches[-1], updates[-1].weights, self._replicas)
         if self._writer is None:
             return
@@ -87,7 +87,7 @@ class Recorder:
             **rollout_metrics(rollout),
             **policy,
             **correction,
-            **loss_metrics(statistics, [update.grad_norm for update in updates]),
+            **loss_metrics(statistics, [update.grad_norm for update in updates], self._loss),
             "actor/lr": learning_rate,
             **self._efficiency.metrics(rollout, plan, len(updates) // len(plan), times),
             **times,

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.data.packing import PackedBatch
-from megatron_fipo.loss import FipoConfig, LossStatistics
+from megatron_fipo.loss import FipoConfig, LossConfig, LossStatistics
 from megatron_fipo.loss.metrics import HISTOGRAM_BINS, log_ratio_bin, log_ratio_of_bin
+from megatron_fipo.ops.packed import expand_to_tokens
 from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.parallel.zigzag import run_cu_seqlens
 from megatron_fipo.rollout.rollout import Rollout
 
 _GAP_QUANTILES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
@@ -36,7 +38,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/generated_samples": len(lengths),
         "rollout/sampled_batches": rollout.batches,
         "rollout/kept_groups": len(rollout.kept),
-        "rollout/dropped_groups": len(rollout.table) - len(rollout.kept),
+        "rollout/dropped_groups": len(rollout.table) - len(rollout.kept) - len(rollout.spare),
         **_accuracy_by_length(lengths, generated.correct),
     }
 
@@ -63,7 +65,11 @@ def staleness(rollout: Rollout, version: int, replicas: Replicas) -> dict[str, f
 
 
 def policy_metrics(
-    micro_batches: Sequence[PackedBatch], entropy_sum: Tensor, loss: FipoConfig, replicas: Replicas
+    micro_batches: Sequence[PackedBatch],
+    entropy_sum: Tensor,
+    influence: FipoConfig | None,
+    replicas: Replicas,
+    stale_samples: int = 0,
 ) -> dict[str, float]:
     """Entropy, and the gap between the log-probs of engine and trainer, over all response tokens of the step.
 
@@ -71,32 +77,37 @@ def policy_metrics(
     nothing. Collective over all ranks.
 
     ``mismatch/kl`` is the k3 estimate of KL(engine || trainer); the quantiles of the absolute gap come from a histogram
-    with the error that ``loss/metrics.py`` states. ``fipo/noise_gain`` is what the scan makes of
-    independent noise on each log-prob; ``fipo/noise_budget`` the noise per token that would reach the nearer clip edge
-    of f. Weights that are fixed at 1 have neither, nor has a sum without discount.
+    with the error that ``loss/metrics.py`` states. ``influence`` are the settings of FIPO's weights, None for a loss
+    without: ``fipo/noise_gain`` is what the scan makes of independent noise on each log-prob; ``fipo/noise_budget`` the
+    noise per token that would reach the nearer clip edge of f. A sum without discount has neither.
+    The first ``stale_samples`` were drawn by earlier weights, whose gap is no mismatch; the entropy counts them.
     """
-    gap = torch.cat([_engine_gap(batch) for batch in micro_batches])
-    sums = torch.stack([entropy_sum, (gap.exp() - 1 - gap).sum(), gap.square().sum(), gap.new_tensor(gap.numel())])
-    entropy, kl, square, tokens = replicas.all_reduce_pieces(sums).tolist()
-    tokens = max(tokens, 1.0)
+    context = replicas.context.size()
+    gap = torch.cat([_engine_gap(batch, stale_samples, context) for batch in micro_batches])
+    scored = [batch.response_mask_T.sum() for batch in micro_batches if batch.old_logp_T is not None]
+    counts = gap.new_tensor([gap.numel(), sum(scored)])
+    sums = torch.stack([entropy_sum, (gap.exp() - 1 - gap).sum(), gap.square().sum(), *counts])
+    entropy, kl, square, tokens, all_tokens = replicas.all_reduce_pieces(sums).tolist()
+    tokens, all_tokens = max(tokens, 1.0), max(all_tokens, 1.0)
     worst = torch.cat([gap.abs(), gap.new_zeros(1)]).max()
     worst = replicas.all_reduce_pieces(worst, torch.distributed.ReduceOp.MAX)
     counts = replicas.all_reduce_pieces(torch.bincount(log_ratio_bin(gap.abs()), minlength=HISTOGRAM_BINS))
     return {
-        "actor/entropy": entropy / tokens,
+        "actor/entropy": entropy / all_tokens,
         "mismatch/kl": kl / tokens,
         "mismatch/rms": math.sqrt(square / tokens),
         **{f"mismatch/{name}": min(_quantile(counts, q), worst.item()) for name, q in _GAP_QUANTILES.items()},
         "mismatch/max": worst.item(),
-        **_noise(loss),
+        **(_noise(influence) if influence else {}),
     }
 
 
-def _noise(loss: FipoConfig) -> dict[str, float]:
-    edges = [abs(math.log(edge)) for edge in (loss.weight_low, loss.weight_high) if edge not in (0.0, 1.0, math.inf)]
-    if not edges or math.isinf(loss.half_life):
+def _noise(influence: FipoConfig) -> dict[str, float]:
+    ends = influence.weight_low, influence.weight_high
+    edges = [abs(math.log(edge)) for edge in ends if edge not in (0.0, 1.0, math.inf)]
+    if not edges or math.isinf(influence.half_life):
         return {}
-    gain = 1 / math.sqrt(1 - 2 ** (-2 / loss.half_life))
+    gain = 1 / math.sqrt(1 - 2 ** (-2 / influence.half_life))
     return {"fipo/noise_gain": gain, "fipo/noise_budget": min(edges) / gain}
 
 
@@ -106,22 +117,27 @@ def _quantile(counts: Tensor, q: float) -> float:
     return log_ratio_of_bin(int(torch.searchsorted(counts.cumsum(0), rank, right=True)))
 
 
-def _engine_gap(batch: PackedBatch) -> Tensor:
-    """log p of the trainer minus log p of the engine, fp64, of the response tokens."""
+def _engine_gap(batch: PackedBatch, stale_samples: int, context: int) -> Tensor:
+    """log p of the trainer minus log p of the engine, fp64, of the response tokens that the present weights drew."""
     if batch.old_logp_T is None:
         return torch.zeros(0, dtype=torch.float64, device=batch.rollout_logp_T.device)
-    return (batch.old_logp_T - batch.rollout_logp_T)[batch.response_mask_T].double()
+    counted_T = batch.response_mask_T
+    if stale_samples:
+        fresh_S, cu_seqlens_S1 = batch.sample_ids_S >= stale_samples, batch.cu_seqlens_padded_S1
+        if context > 1:
+            fresh_S, cu_seqlens_S1 = fresh_S.repeat_interleave(2), run_cu_seqlens(cu_seqlens_S1, context)
+        counted_T = counted_T & expand_to_tokens(fresh_S, cu_seqlens_S1, len(counted_T))
+    return (batch.old_logp_T - batch.rollout_logp_T)[counted_T].double()
 
 
-def loss_metrics(updates: Sequence[LossStatistics], grad_norms: Sequence[float]) -> dict[str, Any]:
+def loss_metrics(updates: Sequence[LossStatistics], grad_norms: Sequence[float], loss: LossConfig) -> dict[str, Any]:
     """Of the whole step, its updates merged (the gradient norm: their mean), and of each update under "updates"."""
     whole = functools.reduce(LossStatistics.merge, updates)
     return {
-        **whole.metrics(),
-        **whole.mean_advantage(),
+        **whole.metrics_of(loss),
         "actor/grad_norm": sum(grad_norms) / len(grad_norms),
         "updates": [
-            {**update.metrics(), **update.mean_advantage(), "actor/grad_norm": norm}
+            {**update.metrics_of(loss), "actor/grad_norm": norm}
             for update, norm in zip(updates, grad_norms, strict=True)
         ],
     }

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.data.advantages import add_advantages
 from megatron_fipo.data.batches import make_micro_batches
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.data.planning import plan_step
 from megatron_fipo.data.samples import Sample
-from megatron_fipo.loss import FipoConfig, LossStatistics, group_advantage
+from megatron_fipo.loss import AdvantageConfig, FipoConfig, LossConfig, LossStatistics
 from megatron_fipo.model.cost import CostModel
 from megatron_fipo.observe.efficiency import Efficiency, peak_memory
 from megatron_fipo.observe.influence import best_and_worst, gather_weights
@@ -115,7 +116,7 @@ def make_rollout(groups: Sequence[Sequence[Sample]], replica: int, replicas: int
     """As the replica knows it that generated every ``replicas``-th group."""
     rows = [[GeneratedSamples.row(sample, i == 2) for i, sample in enumerate(group)] for group in groups]
     own = {g: group for g, group in enumerate(groups) if g % replicas == replica}
-    return Rollout.of(torch.tensor(rows, dtype=torch.float64), KEPT, 0, own, batches=2)
+    return Rollout.of(torch.tensor(rows, dtype=torch.float64), KEPT, range(len(rows)), own, batches=2)
 
 
 def run_layout(layout: Layout, world: Mapping[str, dist.ProcessGroup]) -> dict:
@@ -129,9 +130,9 @@ def run_layout(layout: Layout, world: Mapping[str, dist.ProcessGroup]) -> dict:
         rollout.packed_length_S.tolist(), len(KEPT) * GROUP_SIZE // UPDATES, replicas.size, layout.pack_tokens,
         cost=COST, alignment=layout.alignment,
     )  # fmt: skip
-    advantage_S = group_advantage(rollout.reward_S, rollout.group_ids_S)
-    updates = make_micro_batches(plan, rollout, advantage_S, CONFIG, replicas)
+    updates = make_micro_batches(plan, rollout, LossConfig(CONFIG), replicas)
     updates = [[_with_old_log_probs(batch) for batch in update] for update in updates]
+    updates, _ = add_advantages(updates, rollout, AdvantageConfig(), replicas)
     outs = [[_loss(batch, number, replicas.context) for batch in update] for number, update in enumerate(updates)]
     merged = []
     for update in outs:
@@ -148,7 +149,7 @@ def run_layout(layout: Layout, world: Mapping[str, dist.ProcessGroup]) -> dict:
             **rollout_metrics(rollout),
             **policy_metrics(everything, entropy_sum, CONFIG, replicas),
             **staleness(rollout, VERSION, replicas),
-            **loss_metrics(reduce_statistics(merged, replicas), [1.0, 2.0, 6.0]),
+            **loss_metrics(reduce_statistics(merged, replicas), [1.0, 2.0, 6.0], LossConfig(CONFIG)),
             **Efficiency(COST, 2, layout.pack_tokens, PEAK).metrics(rollout, plan, 1, TIMES),
         },
         "positions": [[len(batch.tokens_T) for batch in update] for update in updates],
@@ -313,7 +314,8 @@ def expected_metrics(layout: Layout, positions: Sequence[Sequence[int]]) -> dict
            for name, q in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))},
         "response/truncated_fraction": np.mean([sample.finish_reason == "length" for sample in samples]),
         "rollout/generated_samples": len(samples), "rollout/sampled_batches": 2,
-        "rollout/kept_groups": len(KEPT), "rollout/dropped_groups": GROUPS - len(KEPT),
+        "rollout/kept_groups": len(KEPT), 
+        "rollout/dropped_groups": sum(len({s.correct for s in groups[g]}) == 1 for g in range(GROUPS) if g not in KEPT),
         **{f"accuracy/length_q{q + 1}": correct[above == q].mean() for q in range(4)},
         "rollout/staleness_mean": ages.mean(), "rollout/staleness_max": ages.max(),
         "actor/entropy": entropy.mean(),

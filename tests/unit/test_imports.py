@@ -9,11 +9,11 @@ LAYERS = (
     {"train", "evaluate"},
     {"session", "recorder", "report", "doctor", "megatron_rl"},
     {"inputs"},
-    {"arguments"},
+    {"arguments", "arithmetic"},
     {"validation"},
     {"settings"},
     {"rollout", "rewards", "checkpoint", "model", "data", "evaluation", "observe", "presets"},
-    {"loss", "parallel"},
+    {"loss", "parallel", "quantization"},
     {"ops"},
     {"compat", "errors", "_ops", "_host", ""},
 )

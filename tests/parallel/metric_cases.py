@@ -30,6 +30,7 @@ from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout
 
 GROUPS, GROUP_SIZE, UPDATES, KEPT = 8, 4, 3, (0, 1, 3, 4, 6, 7)
+CARRIED = 1  # groups that the step before left over
 VERSION = 5  # of the weights before the step's updates
 CONFIG = FipoConfig(half_life=8.0, weight_low=0.8, weight_high=1.2, safety_threshold=3.0)
 COST = CostModel(layers=2, hidden_size=16, ffn_hidden_size=24, heads=4, kv_heads=2, head_dim=8, vocab_size=93)
@@ -94,7 +95,7 @@ def make_samples() -> list[list[Sample]]:
             mask = np.arange(len(tokens)) >= len(prompt)
             mask[len(prompt) + 1 : len(prompt) + 3] = len(response) < 8
             changed = int(random.integers(0, len(response) + 1))
-            correct = bool(random.random() < 0.5) if i else g % 2 == 0
+            correct = bool(random.random() < 0.5) if i and g != 2 else g % 2 == 0  # group 2 has no contrast, 5 is spare
             group.append(
                 Sample(
                     prompt_id=g,
@@ -103,7 +104,7 @@ def make_samples() -> list[list[Sample]]:
                     response_mask=mask,
                     rollout_logp=engine_log_probs(tokens, np.arange(len(tokens)) - 1) * mask,
                     finish_reason="length" if len(response) == 60 else "stop",
-                    weight_versions=((VERSION - g % 3, 0, changed), (VERSION, changed, len(response))),
+                    weight_versions=((VERSION - max(1, g % 3), 0, changed), (VERSION, changed, len(response))),
                     reward=2.0 * correct - 1 + random.normal(0, 0.1),
                     correct=correct,
                 )  # fmt: skip
@@ -116,7 +117,8 @@ def make_rollout(groups: Sequence[Sequence[Sample]], replica: int, replicas: int
     """As the replica knows it that generated every ``replicas``-th group."""
     rows = [[GeneratedSamples.row(sample, i == 2) for i, sample in enumerate(group)] for group in groups]
     own = {g: group for g, group in enumerate(groups) if g % replicas == replica}
-    return Rollout.of(torch.tensor(rows, dtype=torch.float64), KEPT, range(len(rows)), own, batches=2)
+    table = torch.tensor(rows, dtype=torch.float64)
+    return Rollout.of(table, KEPT, range(len(rows)), own, batches=2, carried=CARRIED)
 
 
 def run_layout(layout: Layout, world: Mapping[str, dist.ProcessGroup]) -> dict:
@@ -143,11 +145,13 @@ def run_layout(layout: Layout, world: Mapping[str, dist.ProcessGroup]) -> dict:
     everything = [batch for update in updates for batch in update]
     entropy_sum = sum((torch.from_numpy(_own(entropies, b)).sum() for b in everything), torch.zeros(()).double())
     weights = [out.weights_T for out in outs[-1]]
-    samples = gather_weights(best_and_worst(rollout, plan[-1]), rollout, updates[-1], weights, replicas)
+    last = [i for packs in plan[-1].micro_batches for pack in packs for i in pack]
+    numbers = list(dict.fromkeys([*best_and_worst(rollout, plan[-1]), *sorted(last)]))
+    samples = gather_weights(numbers, rollout, updates[-1], weights, replicas)
     return {
         "metrics": {
             **rollout_metrics(rollout),
-            **policy_metrics(everything, entropy_sum, CONFIG, replicas),
+            **policy_metrics(everything, entropy_sum, CONFIG, replicas, rollout.stale_samples),
             **staleness(rollout, VERSION, replicas),
             **loss_metrics(reduce_statistics(merged, replicas), [1.0, 2.0, 6.0], LossConfig(CONFIG)),
             **Efficiency(COST, 2, layout.pack_tokens, PEAK).metrics(rollout, plan, 1, TIMES),
@@ -293,11 +297,11 @@ def loss_numbers(responses: Sequence[Response]) -> dict[str, float]:
 def expected_metrics(layout: Layout, positions: Sequence[Sequence[int]]) -> dict:
     """Every metric of the step. ``positions``: of each update those of each pack, summed over the ranks sharing it."""
     groups = make_samples()
-    samples = [sample for group in groups for sample in group]
+    samples = [sample for group in groups[CARRIED:] for sample in group]
     responses = kept_responses(groups)
     lengths = np.array([sample.response_mask.sum() for sample in samples], dtype=np.float64)
     correct = np.array([sample.correct for sample in samples], dtype=np.float64)
-    gap = np.concatenate([response.gap[response.mask] for response in responses])
+    gap = np.concatenate([response.gap[response.mask] for response in responses[CARRIED * GROUP_SIZE :]])
     entropy = np.concatenate([response.entropy[response.mask] for response in responses])
     cuts = np.quantile(lengths, [0.25, 0.5, 0.75])
     above = (lengths[:, None] > cuts).sum(1)
@@ -307,14 +311,14 @@ def expected_metrics(layout: Layout, positions: Sequence[Sequence[int]]) -> dict
     ])  # fmt: skip
     numbers = {
         "reward/mean": np.mean([sample.reward for sample in samples]),
-        "reward/accuracy": correct.mean(), "reward/errors": GROUPS,
+        "reward/accuracy": correct.mean(), "reward/errors": GROUPS - CARRIED,
         "response/length_mean": lengths.mean(), "response/length_min": lengths.min(),
         "response/length_max": lengths.max(),
         **{f"response/length_{name}": np.quantile(lengths, q)
            for name, q in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))},
         "response/truncated_fraction": np.mean([sample.finish_reason == "length" for sample in samples]),
         "rollout/generated_samples": len(samples), "rollout/sampled_batches": 2,
-        "rollout/kept_groups": len(KEPT), 
+        "rollout/kept_groups": len(KEPT),
         "rollout/dropped_groups": sum(len({s.correct for s in groups[g]}) == 1 for g in range(GROUPS) if g not in KEPT),
         **{f"accuracy/length_q{q + 1}": correct[above == q].mean() for q in range(4)},
         "rollout/staleness_mean": ages.mean(), "rollout/staleness_max": ages.max(),
@@ -347,7 +351,7 @@ def forward_operations(tokens: int, logits: int) -> float:
 
 
 def _perf(layout: Layout, groups: Sequence[Sequence[Sample]], positions: Sequence[Sequence[int]]) -> dict[str, float]:
-    samples = [sample for group in groups for sample in group]
+    samples = [sample for group in groups[CARRIED:] for sample in group]
     kept = [sample for g in KEPT for sample in groups[g]]
     seconds, train_seconds, ranks = 6.0, 2.0, 2
     response = sum(int(sample.response_mask.sum()) for sample in samples) / seconds

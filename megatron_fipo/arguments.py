@@ -28,6 +28,7 @@ from megatron_fipo.loss.advantage import ADVANTAGES
 from megatron_fipo.loss.config import NORMALIZATIONS
 from megatron_fipo.loss.kl import KL_ESTIMATORS
 from megatron_fipo.model.build import uses_transformer_engine
+from megatron_fipo.model.fp8_training import FP8_PRESETS, add_precision_flags
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, LOSS_DEFAULTS, PRESETS
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_algorithm_flags(parser.add_argument_group("FIPO"))
     _add_rollout_flags(parser.add_argument_group("data and rollouts"))
     add_reward_flags(parser.add_argument_group("rewards"))
+    add_precision_flags(parser.add_argument_group("precision"))
     megatron_arguments.add_megatron_arguments(parser)
     for action in parser._actions:  # one of Megatron's help texts has a bare "10%)", on which argparse's --help fails
         action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
@@ -223,11 +225,13 @@ def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.N
     first.add_argument("--preset", default=DEFAULT_PRESET)
     first.add_argument("--loss")
     first.add_argument("--hf-model")
+    first.add_argument("--fp8-preset")
     chosen, _ = first.parse_known_args(argv)
     parser.set_defaults(**platform_defaults())
     preset = PRESETS.get(chosen.preset, {})  # an unknown name fails below, as any bad choice does
     parser.set_defaults(**preset)
     parser.set_defaults(**LOSS_DEFAULTS.get(chosen.loss or preset.get("loss", ""), {}))
+    parser.set_defaults(**FP8_PRESETS.get(chosen.fp8_preset, {}))
     if chosen.hf_model:
         parser.set_defaults(**model_arguments(chosen.hf_model))
 
@@ -280,7 +284,7 @@ def platform_defaults() -> dict[str, Any]:
         fused_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # of Apex
         return defaults | {"bf16": True, "moe_grouped_gemm": True, "gradient_accumulation_fusion": fused_gradients}
     return defaults | {
-        "transformer_impl": "local",
+        "transformer_impl": "transformer_engine" if uses_transformer_engine() else "local",
         "distributed_backend": "gloo",
         "use_cpu_initialization": True,
         "masked_softmax_fusion": False,

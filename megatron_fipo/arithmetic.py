@@ -2,10 +2,13 @@
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, cast
 
 from megatron_fipo.loss import FipoConfig
-from megatron_fipo.settings import advantage_config, kl_estimator, loss_config
+from megatron_fipo.model.fp8_training import fp8_settings
+from megatron_fipo.rollout.sglang.served import check_rollout_weights
+from megatron_fipo.settings import advantage_config, kl_estimator, loss_config, pack_alignment
 from megatron_fipo.validation import model_parallel_size
 
 
@@ -65,6 +68,8 @@ def _loss_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
 def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
     """Every number that follows from the flags, as printed at the start and by --dry-run."""
     samples = args.grpo_prompts_per_step * args.grpo_group_size
+    fp8 = fp8_settings(args)
+    known = args.rollout_engine == "sglang" and args.hf_model
     return {
         "preset": args.preset,
         **_loss_arithmetic(args),
@@ -90,4 +95,6 @@ def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
         "pipeline_parallel": args.pipeline_model_parallel_size,
         "context_parallel": args.context_parallel_size,
         "data_parallel": args.world_size // model_parallel_size(args),
+        "fp8": fp8 and asdict(fp8) | {"pack_alignment": pack_alignment(args)},
+        "precision": check_rollout_weights(args).summary() if known else None,
     }

@@ -28,6 +28,7 @@ from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.model.reference import ReferenceWeights
 from megatron_fipo.observe.console import Console
+from megatron_fipo.observe.efficiency import Efficiency, peak_flops
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.observe.timers import PhaseTimer
 from megatron_fipo.observe.writers import MetricWriter
@@ -40,7 +41,14 @@ from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.functions import FunctionResponder
 from megatron_fipo.rollout.responder import Responder, SingleTurn
-from megatron_fipo.settings import advantage_config, collect_settings, correction_config, loss_config, planner
+from megatron_fipo.settings import (
+    advantage_config,
+    collect_settings,
+    correction_config,
+    cost_model,
+    loss_config,
+    planner,
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         answers=inputs.answers,
         console=console,
         timer=timer,
-        recorder=Recorder(folder, writer, console, timer, replicas, loss),
+        recorder=Recorder(folder, writer, console, timer, replicas, loss, _efficiency(args), inputs.answers.tokenizer),
     )
 
 
@@ -207,6 +215,12 @@ def open_responder(args: argparse.Namespace, inputs: Inputs, engine: RolloutEngi
     if inputs.rollout_function is None:
         return SingleTurn(engine)
     return FunctionResponder(inputs.rollout_function, engine, replicas, inputs.answers.tokenizer, args.vocab_size)
+
+
+def _efficiency(args: argparse.Namespace) -> Efficiency:
+    precision = "fp8" if args.fp8 else "bf16" if args.bf16 else "fp32"
+    peak = peak_flops(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
+    return Efficiency(cost_model(args), args.world_size, args.max_tokens_per_microbatch, peak)
 
 
 def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) -> MetricWriter:

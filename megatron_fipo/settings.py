@@ -9,6 +9,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.loss import AdvantageConfig, CorrectionConfig, FipoConfig, LossConfig, RatioConfig
 from megatron_fipo.loss.config import RATIOS
 from megatron_fipo.model.cost import CostModel
+from megatron_fipo.model.fp8_training import GATHER_BLOCK, row_multiple
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.engine import SamplingParams
 
@@ -100,6 +101,25 @@ def sequence_alignment(args: argparse.Namespace) -> int:
     return tensor * (2 * context if context > 1 else 1)
 
 
+def pack_alignment(args: argparse.Namespace) -> int:
+    """What the length of a whole pack is a multiple of: 1, and with FP8 what its kernels want of every rank's share.
+
+    With sequence parallelism, block scaling gathers activations in FP8 if shares consist of whole blocks, else in BF16
+    to the same values; packs are filled up that far where it costs little.
+    """
+    if not args.fp8:
+        return 1
+    shares = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    whole_blocks = GATHER_BLOCK * shares
+    if (
+        args.fp8_recipe == "blockwise"
+        and args.sequence_parallel
+        and 16 * whole_blocks <= args.max_tokens_per_microbatch
+    ):
+        return whole_blocks
+    return row_multiple(args.fp8_recipe) * shares
+
+
 def planner(args: argparse.Namespace) -> Callable[[Sequence[int]], list[UpdatePlan]]:
     """Lengths of a step's samples -> which sample goes into which update, replica and micro-batch."""
     pipeline, interleaved = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
@@ -111,6 +131,7 @@ def planner(args: argparse.Namespace) -> Callable[[Sequence[int]], list[UpdatePl
         cost=cost_model(args),
         pipeline_stages=pipeline,
         alignment=sequence_alignment(args),
+        pack_alignment=pack_alignment(args),
         micro_batch_multiple=(args.microbatch_group_size_per_vp_stage or pipeline) if interleaved else 1,
     )
 

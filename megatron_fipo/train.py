@@ -85,7 +85,8 @@ def train(run: Session, args: argparse.Namespace) -> None:
         due = step % args.eval_interval == 0 or step == args.num_steps
         # Asked to stop, a run saves at once: an evaluation may take longer than the signal leaves.
         evaluation = evaluate(run) if due and not run.interruption.received() else None
-        run.recorder.step(step, rollout, updates, entropy_sum, correction | penalty, results, learning_rate, evaluation)
+        extra = correction | penalty | run.engine.metrics()
+        run.recorder.step(step, rollout, plan, updates, entropy_sum, extra, results, learning_rate, evaluation)
         state = after(run, state, rollout)
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)

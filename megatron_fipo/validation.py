@@ -11,9 +11,12 @@ from pathlib import Path
 from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import uses_transformer_engine
+from megatron_fipo.model.fp8_training import check_fp8
 from megatron_fipo.model.hf_config import architecture
 from megatron_fipo.rewards.functions import parse_terms
-from megatron_fipo.settings import advantage_config, correction_config, kl_estimator, loss_config
+from megatron_fipo.rollout.sglang.flags import DESCRIBING
+from megatron_fipo.rollout.sglang.served import check_rollout_weights
+from megatron_fipo.settings import advantage_config, correction_config, kl_estimator, loss_config, pack_alignment
 
 _REFUSED = {
     "--perform-rl-step": "megatron_fipo runs its own loop; leave it out",
@@ -43,6 +46,20 @@ _REFUSED = {
     "--moe-router-load-balancing-type": "the policy's gradient is the only one; leave it out",
     "--moe-router-fusion": "it goes past the routing replay; leave it out",
     "--cuda-graph-impl": "packs differ in length; leave it out",
+    **dict.fromkeys(
+        (
+            "--fp8-margin",
+            "--fp8-interval",
+            "--fp8-amax-history-len",
+            "--fp8-amax-compute-algo",
+            "--no-fp8-wgrad",
+            "--disable-fp8-wgrad",
+            "--tp-only-amax-red",
+        ),
+        "it belongs to delayed scaling, under which old and new log-probs differ; see --fp8-preset and --fp8-backward",
+    ),
+    "--fp8-param-gather": "weights would exist in FP8 only, and exports and weight sync need them whole; leave it out",
+    "--fp8-output-proj": "log-probs come from a BF16 output layer; leave it out",
     "--skip-train": "use python -m megatron_fipo.evaluate",
     "--rampup-batch-size": "every update has --global-batch-size samples",
     "--decrease-batch-size-if-needed": "every update has --global-batch-size samples",
@@ -57,7 +74,6 @@ _REFUSED_FAMILIES = {
     "--non-persistent-": "use --save-interval and --keep-last",
     "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
-    "--fp8-": "FP8 training is not supported yet; leave it out",
     "--fp4-": "FP4 training is not supported yet; leave it out",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
 }
@@ -131,6 +147,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
         _check_batch(args)
     _check_algorithm(args)
     _check_parallel(args)
+    _check_fp8(args)
     _check_engine(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
@@ -144,6 +161,8 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_eval_data(args.eval_data)
     _check_rollout_folders(args)
     _check_save_hf(args)
+    if args.rollout_engine == "sglang":
+        check_rollout_weights(args)
 
 
 def _check_prompts(args: argparse.Namespace) -> None:
@@ -312,8 +331,9 @@ def _check_engine(args: argparse.Namespace) -> None:
             "--rollout-engine sglang needs either --sglang-servers N (start N on each node) or --sglang-url URL..."
         )
     if args.sglang_url is not None:
-        if args.sglang_flags or args.sglang_port:
-            flag = args.sglang_flags[0][2:] if args.sglang_flags else "port"
+        passed = [flag for flag in args.sglang_flags if flag.startswith("--") and flag not in DESCRIBING]
+        if passed or args.sglang_port:
+            flag = passed[0][2:] if passed else "port"
             raise UserError(f"--sglang-{flag} is for servers that are started here; give it to those of --sglang-url")
         for url in args.sglang_url:
             if not re.fullmatch(r"https?://[^/\s]+/?", url):
@@ -328,6 +348,18 @@ def _check_engine(args: argparse.Namespace) -> None:
         )
     if importlib.util.find_spec("sglang") is None and not args.dry_run:
         raise UserError("--sglang-servers: SGLang is not installed; run 'make sglang', or use a container that has it")
+
+
+def _check_fp8(args: argparse.Namespace) -> None:
+    check_fp8(args)
+    if args.fp8 and not args.dry_run and not uses_transformer_engine(args.transformer_impl):
+        fix = "leave out --transformer-impl local" if uses_transformer_engine() else "use an NGC PyTorch container"
+        raise UserError(f"FP8 needs TransformerEngine's layers on a GPU, and this run would not use them; {fix}")
+    if args.max_tokens_per_microbatch < pack_alignment(args):
+        raise UserError(
+            f"--max-tokens-per-microbatch {args.max_tokens_per_microbatch} is less than the {pack_alignment(args)} "
+            f"tokens that FP8 packs are filled up to; raise it"
+        )
 
 
 def expert_parallel_size(args: argparse.Namespace) -> int:

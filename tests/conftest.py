@@ -46,6 +46,32 @@ def build_model(megatron):
     return megatron_model
 
 
+@pytest.fixture
+def convert(megatron, monkeypatch):
+    """The functions of tools/convert_checkpoint.py, each call as in a process of its own."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+    import convert_checkpoint
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training.global_vars import destroy_global_vars
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    build_model = convert_checkpoint.build_model
+
+    def build_anew(*args):
+        destroy_global_vars()
+        unset_num_microbatches_calculator()
+        destroy_rerun_state_machine()
+        return build_model(*args)
+
+    monkeypatch.setattr(convert_checkpoint, "build_model", build_anew)
+    yield convert_checkpoint
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+
+
 @pytest.fixture(scope="session")
 def trained_base(tmp_path_factory) -> Path:
     """A base model that guesses answers to sums, right one time in sixteen; made in a second.

@@ -76,9 +76,11 @@ def megatron_args(hf_dir: str | Path, *flags: str, vocab_multiple: int = 8):
     """Megatron's arguments for the model of an HF folder."""
     from megatron.training.arguments import parse_args, validate_args
 
+    from megatron_fipo.model.fp8_training import add_precision_flags
     from megatron_fipo.model.hf_config import megatron_arguments
 
     def defaults(parser):
+        add_precision_flags(parser.add_argument_group("precision"))
         parser.set_defaults(**megatron_arguments(hf_dir))
         return parser
 

@@ -37,6 +37,7 @@ def make_micro_batches(
                 mb,
                 loss_scale_S=None if scale_S is None else scale_S[list(mb)],
                 alignment=update.alignment,
+                pack_alignment=update.pack_alignment,
             )
             .shard(context.rank(), context.size())
             .to(replicas.device)

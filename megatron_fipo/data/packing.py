@@ -15,7 +15,7 @@ from megatron_fipo.data.samples import Sample
 from megatron_fipo.ops.packed import sum_per_sequence
 from megatron_fipo.parallel.zigzag import pad_cu_seqlens, run_cu_seqlens, token_index
 
-# Takes the place of a micro-batch without samples: collectives want every rank, and DDP every gradient.
+# Takes the place of a micro-batch without samples, as collectives want every rank and DDP every gradient; fills packs.
 _DUMMY = Sample(
     prompt_id=-1,
     group_id=-1,
@@ -123,18 +123,29 @@ def pack(
     advantage_S: Tensor | None = None,
     loss_scale_S: Tensor | None = None,
     alignment: int = 1,
+    pack_alignment: int = 1,
 ) -> PackedBatch:
     """Concatenate samples into one pack on the CPU, each padded to a multiple of ``alignment`` positions.
 
     ``sample_ids`` number the samples within the step; ``advantage_S`` and ``loss_scale_S`` are fp32 [S], in the same
-    order. Without samples: a dummy sequence without a response token.
+    order. Without samples: a dummy sequence without a response token. Such a sequence, numbered -1, also fills the pack
+    up to a multiple of ``pack_alignment`` positions, itself a multiple of ``alignment``.
     """
     if not samples:
         advantage_S, loss_scale_S = (None if x is None else torch.zeros(1) for x in (advantage_S, loss_scale_S))
-        return pack([_DUMMY], [-1], advantage_S, loss_scale_S, alignment)
+        return pack([_DUMMY], [-1], advantage_S, loss_scale_S, alignment, pack_alignment)
     lengths_S = torch.tensor([len(s.tokens) - 1 for s in samples], dtype=torch.int32)
     cu_seqlens_S1 = torch.nn.functional.pad(lengths_S.cumsum(0, dtype=torch.int32), (1, 0))
     cu_seqlens_padded_S1 = pad_cu_seqlens(cu_seqlens_S1, alignment)
+    tail = -int(cu_seqlens_padded_S1[-1]) % pack_alignment
+    if tail:
+        samples, sample_ids = [*samples, _DUMMY], [*sample_ids, -1]
+        advantage_S, loss_scale_S = (
+            None if x is None else torch.nn.functional.pad(x, (0, 1)) for x in (advantage_S, loss_scale_S)
+        )
+        lengths_S = torch.cat([lengths_S, torch.ones(1, dtype=torch.int32)])
+        cu_seqlens_S1 = torch.cat([cu_seqlens_S1, cu_seqlens_S1[-1:] + 1])
+        cu_seqlens_padded_S1 = torch.cat([cu_seqlens_padded_S1, cu_seqlens_padded_S1[-1:] + tail])
     shift_S = (cu_seqlens_padded_S1 - cu_seqlens_S1)[:-1]
     place = torch.arange(int(cu_seqlens_S1[-1])) + shift_S.repeat_interleave(lengths_S)
 

@@ -23,8 +23,8 @@ HISTOGRAM_BINS = 8191  # odd: d = 0 is the centre of the middle bin
 _HALF = HISTOGRAM_BINS // 2
 _BIN_WIDTH = math.asinh(20.0 / HISTOGRAM_SCALE) / _HALF
 
-# what the token pass sums, then what the loss knows beside it
-SUMS = (*TOKEN_SUMS, "normalizer", "loss", "reference_kl")
+# what the token pass sums, then what the loss knows beside it; the advantages are summed over response tokens
+SUMS = (*TOKEN_SUMS, "normalizer", "loss", "reference_kl", "advantage", "weighted_advantage")
 _SIGNS = ("negative", "positive")
 
 QUANTILES = {
@@ -100,19 +100,23 @@ class LossStatistics:
         cls,
         token_statistics_K: Tensor,
         ratios: RatioTerms,
+        weight_T: Tensor | None,
         *,
         loss_sum: Tensor,
         normalizer: Tensor,
         reference_kl: Tensor | None = None,
     ) -> "LossStatistics":
-        """From the statistics of a token pass; loss_sum / normalizer is the loss, both add up over the parts.
+        """From the statistics of a token pass and its f [T] (None: 1); loss_sum / normalizer is the loss, both add up.
 
         reference_kl: the sum over response tokens of the KL estimates, if there are any.
         """
         sums, minima, maxima = token_statistics_K.split([len(TOKEN_SUMS), len(EXTREMA), len(EXTREMA)])
         reference_kl = torch.zeros_like(normalizer) if reference_kl is None else reference_kl
+        advantage_T = ratios.advantage_T.double()
+        weighted_T = advantage_T if weight_T is None else advantage_T * weight_T
+        beside = (normalizer, loss_sum, reference_kl, advantage_T.sum(), weighted_T.sum())
         return cls(
-            sums=torch.cat([sums, torch.stack([v.double() for v in (normalizer, loss_sum, reference_kl)])]),
+            sums=torch.cat([sums, torch.stack([value.double() for value in beside])]),
             minima=minima.clone(),
             maxima=maxima.clone(),
             histograms=_histograms(
@@ -167,7 +171,7 @@ class LossStatistics:
 
     def metrics_of(self, config: LossConfig) -> dict[str, float]:
         """`metrics` without those that say nothing about this loss, and with the KL to the reference model."""
-        values = self.metrics()
+        values = self.metrics() | self.mean_advantage()
         if config.influence is None:
             values = {name: value for name, value in values.items() if not _is_about_influence(name)}
         if not config.clips_twice:
@@ -176,6 +180,15 @@ class LossStatistics:
             sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
             values["actor/reference_kl"] = sums["reference_kl"] / max(sums["tokens"], 1.0)
         return values
+
+    def mean_advantage(self) -> dict[str, float]:
+        """Of a response token, which weighs responses by their length; A alone, and A f."""
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        tokens = max(sums["tokens"], 1.0)
+        return {
+            "advantage/length_weighted_mean": sums["advantage"] / tokens,
+            "advantage/length_weighted_mean_with_f": sums["weighted_advantage"] / tokens,
+        }
 
     def _histogram_quantiles(self) -> dict[str, float]:
         counts = self.histograms.cumsum(dim=1).cpu()
@@ -276,7 +289,7 @@ def _histograms(d_T: Tensor, negative_T: Tensor, positive_T: Tensor) -> Tensor:
 
 
 def _is_about_influence(name: str) -> bool:
-    return name.startswith("fipo/") or "influence_weights" in name or "IW_" in name
+    return name.startswith("fipo/") or "influence_weights" in name or "IW_" in name or name.endswith("_with_f")
 
 
 def _or_zero(value: float) -> float:

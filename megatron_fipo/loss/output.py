@@ -32,12 +32,14 @@ class LossSum:
 class LossOutput(LossSum):
     """The sum, and what the statistics are made from.
 
+    weights_T: f [T], no gradient; None: the loss has no influence weights.
     policy_loss_sum, reference_kl_sum: where penalties were added, fp32 scalar, the part of loss_sum that is the policy
     gradient's, and fp64 scalar, the sum of the KL estimates over response tokens.
     """
 
     token_statistics_K: Tensor
     ratios: RatioTerms
+    weights_T: Tensor | None = None
     policy_loss_sum: Tensor | None = None
     reference_kl_sum: Tensor | None = None
 
@@ -48,6 +50,7 @@ class LossOutput(LossSum):
         return LossStatistics.of(
             self.token_statistics_K,
             self.ratios,
+            self.weights_T,
             loss_sum=loss_sum.detach(),
             normalizer=self.normalizer,
             reference_kl=self.reference_kl_sum,

@@ -22,6 +22,16 @@ from megatron_fipo.parallel.loss import context_parallel_loss
 
 
 @dataclass(frozen=True)
+class Update:
+    """One optimizer update: the statistics of this rank's tokens, the global gradient norm before clipping, and f [T]
+    of each micro-batch (none on pipeline stages before the last)."""
+
+    statistics: LossStatistics
+    grad_norm: float
+    weights: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Policy:
     """Model chunks (one per virtual pipeline stage), optimizer, schedule; ``vocab_size`` without padding rows.
 
@@ -103,12 +113,11 @@ class Policy:
         with reference.in_place():
             return [self._run(forward, update, forward_only=True) or list(update) for update in updates]
 
-    def update(self, micro_batches: Sequence[PackedBatch], loss_config: LossConfig) -> tuple[LossStatistics, float]:
+    def update(self, micro_batches: Sequence[PackedBatch], loss_config: LossConfig) -> Update:
         """One optimizer update on this replica's share of a mini-batch.
 
         Back-propagates loss sums; Megatron divides once by the denominator over all micro-batches and replicas
         (``--calculate-per-token-loss``), which the sequence filter makes known only after the last forward pass.
-        Returns the statistics of this rank's tokens and the global gradient norm before clipping.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -142,15 +151,17 @@ class Policy:
                 )
                 # With scales the sum over the mini-batch is the loss itself: nothing is left to divide by.
                 denominator = out.denominator if batch.loss_scale_S is None else _count(0)
-                return out.loss_sum, denominator.int(), out.statistics
+                return out.loss_sum, denominator.int(), (out.statistics, out.weights_T)
 
             return output, loss
 
         device = micro_batches[0].tokens_T.device
-        statistics = self._run(forward, micro_batches, forward_only=False)
+        results = self._run(forward, micro_batches, forward_only=False)
         self._routing.clear()
         _, grad_norm, _ = self.optimizer.step()
-        return functools.reduce(LossStatistics.merge, statistics, LossStatistics.empty(device)), float(grad_norm)
+        parts = [statistics for statistics, _ in results]
+        statistics = functools.reduce(LossStatistics.merge, parts, LossStatistics.empty(device))
+        return Update(statistics, float(grad_norm), tuple(weight_T for _, weight_T in results))
 
     def advance_schedule(self, increment: int) -> float:
         """Move the learning-rate schedule by one rollout (``increment`` Megatron samples); returns the rate."""

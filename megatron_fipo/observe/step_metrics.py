@@ -1,4 +1,4 @@
-"""The numbers of one training step, exact over replicas and micro-batches."""
+"""The numbers of one training step, exact over replicas and micro-batches; docs/metrics.md says what each means."""
 
 import functools
 import math
@@ -39,7 +39,29 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/sampled_batches": rollout.batches,
         "rollout/kept_groups": len(rollout.kept),
         "rollout/dropped_groups": len(rollout.table) - len(rollout.kept) - len(rollout.spare),
+        **_accuracy_by_length(lengths, generated.correct),
     }
+
+
+def _accuracy_by_length(lengths: Tensor, correct: Tensor) -> dict[str, float]:
+    """Accuracy of the shortest to the longest quarter of the responses, cut at the quantiles of length.
+
+    A length that is a quantile belongs to the shorter side; a quarter that ties leave empty is left out.
+    """
+    edges = torch.quantile(lengths, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    quarter = torch.bucketize(lengths, edges)
+    return {f"accuracy/length_q{q + 1}": correct[quarter == q].mean().item() for q in range(4) if (quarter == q).any()}
+
+
+def staleness(rollout: Rollout, version: int, replicas: Replicas) -> dict[str, float]:
+    """How many versions older than ``version``, the one before the step's updates, the weights were that drew the
+    response tokens to train on. Collective over the replicas."""
+    drawn = [ages for sample in rollout.held.values() for ages in sample.weight_versions]
+    tokens = torch.tensor([end - begin for _, begin, end in drawn], dtype=torch.float64)
+    age = torch.tensor([version - drew for drew, _, _ in drawn], dtype=torch.float64)
+    total, count = replicas.all_reduce(torch.stack([(tokens * age).sum(), tokens.sum()])).tolist()
+    oldest = replicas.all_reduce(torch.cat([age, age.new_zeros(1)]).max(), torch.distributed.ReduceOp.MAX)
+    return {"rollout/staleness_mean": total / max(count, 1.0), "rollout/staleness_max": oldest.item()}
 
 
 def policy_metrics(
@@ -56,8 +78,8 @@ def policy_metrics(
 
     ``mismatch/kl`` is the k3 estimate of KL(engine || trainer); the quantiles of the absolute gap come from a histogram
     with the error that ``loss/metrics.py`` states. ``influence`` are the settings of FIPO's weights, None for a loss
-    without: ``fipo/noise_gain`` is what the scan makes of
-    independent noise on each log-prob; ``fipo/noise_budget`` the noise per token that would reach the clip edge.
+    without: ``fipo/noise_gain`` is what the scan makes of independent noise on each log-prob; ``fipo/noise_budget`` the
+    noise per token that would reach the nearer clip edge of f. A sum without discount has neither.
     The first ``stale_samples`` were drawn by earlier weights, whose gap is no mismatch; the entropy counts them.
     """
     context = replicas.context.size()
@@ -70,18 +92,23 @@ def policy_metrics(
     worst = torch.cat([gap.abs(), gap.new_zeros(1)]).max()
     worst = replicas.all_reduce_pieces(worst, torch.distributed.ReduceOp.MAX)
     counts = replicas.all_reduce_pieces(torch.bincount(log_ratio_bin(gap.abs()), minlength=HISTOGRAM_BINS))
-    noise = {}
-    if influence is not None:
-        gain = 1 / math.sqrt(1 - 2 ** (-2 / influence.half_life))
-        noise = {"fipo/noise_gain": gain, "fipo/noise_budget": math.log(influence.weight_high) / gain}
     return {
         "actor/entropy": entropy / all_tokens,
         "mismatch/kl": kl / tokens,
         "mismatch/rms": math.sqrt(square / tokens),
         **{f"mismatch/{name}": min(_quantile(counts, q), worst.item()) for name, q in _GAP_QUANTILES.items()},
         "mismatch/max": worst.item(),
-        **noise,
+        **(_noise(influence) if influence else {}),
     }
+
+
+def _noise(influence: FipoConfig) -> dict[str, float]:
+    ends = influence.weight_low, influence.weight_high
+    edges = [abs(math.log(edge)) for edge in ends if edge not in (0.0, 1.0, math.inf)]
+    if not edges or math.isinf(influence.half_life):
+        return {}
+    gain = 1 / math.sqrt(1 - 2 ** (-2 / influence.half_life))
+    return {"fipo/noise_gain": gain, "fipo/noise_budget": min(edges) / gain}
 
 
 def _quantile(counts: Tensor, q: float) -> float:
@@ -113,14 +140,4 @@ def loss_metrics(updates: Sequence[LossStatistics], grad_norms: Sequence[float],
             {**update.metrics_of(loss), "actor/grad_norm": norm}
             for update, norm in zip(updates, grad_norms, strict=True)
         ],
-    }
-
-
-def throughput(rollout: Rollout, times: dict[str, float]) -> dict[str, float]:
-    """Tokens per second of rollout and training together, over all replicas; evaluation and saving left out."""
-    generated = rollout.generated
-    seconds = times["time/step"] - times.get("time/eval", 0.0) - times.get("time/checkpoint", 0.0)
-    return {
-        "perf/response_tokens_per_second": generated.response_tokens.sum().item() / seconds,
-        "perf/total_tokens_per_second": generated.tokens.sum().item() / seconds,
     }

@@ -78,6 +78,10 @@ class RolloutEngine(Protocol):
         """Undo :meth:`sleep`."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What else to record about a step, under the names of its metrics; the first rank's are recorded."""
+        ...
+
     def close(self) -> None:
         """Stop the engine and everything that it started."""
         ...

@@ -190,7 +190,8 @@ def run_case(case: Case, group: dist.ProcessGroup, device: torch.device) -> dict
         return abs(totals[0].item() - reference.loss_sum.item())
 
     sums_error = dict(zip(SUMS, (statistics.sums - whole.statistics.sums).abs().tolist(), strict=True))
-    relative = [sums_error.pop(name) for name in ("log_ratio", "weight", "raw_weight", "normalizer", "loss")]
+    numbers = ("log_ratio", "weight", "raw_weight", "normalizer", "loss", "advantage", "weighted_advantage")
+    relative = [sums_error.pop(name) for name in numbers]
     # a weight may lie on the other side of its bound by a rounding
     near_edge = [sums_error.pop(name) for name in ("weight_at_high", "weight_at_low", "active")]
     extrema = [(statistics.minima, whole.statistics.minima), (statistics.maxima, whole.statistics.maxima)]

@@ -206,12 +206,13 @@ def other_losses(group, device):
         expected = torch.cat([whole.loss_sum.detach().double()[None], whole.denominator[None], whole.statistics.sums])
         if config.resolved_normalization != "token":
             expected[1] = size
-        largest = grad_T.abs().max()
+        largest, scale = grad_T.abs().max(), expected.abs().clamp(min=1)
+        scale[2 + SUMS.index("weighted_advantage")] = batch.mask_T.sum()  # its terms cancel, the rounding of f does not
         results[name] = {
             "grad": max(
                 (g - w[index]).abs().max() / largest for g, w in zip(grads, (grad_T, entropy_grad_T), strict=True)
             ).item(),
-            "totals": ((totals - expected).abs() / expected.abs().clamp(min=1)).max().item(),
+            "totals": ((totals - expected).abs() / scale).max().item(),
             "sent": collectives.sent,
             "clipped": whole.statistics.sums[SUMS.index("clipped")].item() / int(batch.mask_T.sum()),
         }

@@ -13,7 +13,7 @@ LAYERS = (
     {"validation"},
     {"settings"},
     {"rollout", "rewards", "checkpoint", "model", "data", "evaluation", "observe", "presets"},
-    {"loss", "parallel"},
+    {"loss", "parallel", "quantization"},
     {"ops"},
     {"compat", "errors", "_ops", "_host", ""},
 )

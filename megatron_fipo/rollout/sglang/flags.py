@@ -11,9 +11,11 @@ PREFIX = "--sglang-"
 OURS = ("--sglang-servers", "--sglang-url", "--sglang-host", "--sglang-port")
 """Flags with this prefix that the trainer itself understands."""
 
+DESCRIBING = ("--model-path", "--load-format", "--quantization")
+"""Servers' flags that the trainer must know of servers that it did not start: they say in what numbers weights go."""
+
 _REFUSED = {
-    "model-path": "servers load --hf-model",
-    "model": "servers load --hf-model",
+    "model": "use --sglang-model-path",
     "api-key": "every run makes keys of its own",
     "admin-api-key": "every run makes keys of its own",
     "config": "give its flags here",

@@ -218,7 +218,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any]) -> str:
-    """RMS error of F over the half-life as a file of its own."""
+    """RMS error of F in long responses over the half-life, as a file of its own."""
     lines = [svg.Line("edge of f", HALF_LIVES, [found["edge"]] * len(HALF_LIVES), color=7)]
     for number, (recipe, row) in enumerate(found["recipes"].items()):
         for kind, marked in (("same", True), ("elsewhere", False)):
@@ -232,7 +232,7 @@ def draw(found: dict[str, Any]) -> str:
         y, fill = svg.HEIGHT + 22 + 16 * row, f'style="fill:var(--c{line.color})"'
         keys += f'<rect x="{svg.LEFT}" y="{y - 5}" width="12" height="3" {fill}/>'
         keys += f'<text class="tick" x="{svg.LEFT + 18}" y="{y}">{line.name}</text>'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {svg.WIDTH} {height}" '
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-16 0 {svg.WIDTH + 16} {height}" '
     body = svg.draw(chart).replace(f'<svg viewBox="0 0 {svg.WIDTH} {svg.HEIGHT}" ', opening, 1)
     return body.replace(">", f"><style>{CSS}</style>", 1).replace("</svg>", f"{keys}</svg>")
 

@@ -351,7 +351,7 @@ def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
     """Every number that follows from the flags, as printed at the start and by --dry-run."""
     samples = args.grpo_prompts_per_step * args.grpo_group_size
     known = args.rollout_engine == "sglang" and args.hf_model
-    precision = {"precision": check_rollout_weights(args).summary()} if known else {}
+    precision = {"precision": check_rollout_weights(args, training=False).summary()} if known else {}
     return precision | {
         "preset": args.preset,
         "loss": args.loss,

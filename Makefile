@@ -7,12 +7,16 @@ export PYTHONUNBUFFERED := 1
 # Nothing here asks a hub for models or data.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart env sglang test test-fast test-long test-gpu bench bench-compare bench-gpu lint format clean
+.PHONY: help quickstart env sglang te-cpu bridge modelopt test test-fast test-long test-gpu bench bench-compare bench-gpu \
+  lint format clean
 
 help:
 	@echo "make quickstart   environment, build, base model, FIPO training on this machine, report"
 	@echo "make env          the environment ($(VENV)) and the build; does nothing if they are up to date"
 	@echo "make sglang       the SGLang rollout engine, into the same environment (an SGLang beside a GPU is used as it is)"
+	@echo "make te-cpu       TransformerEngine's layers and FP8 without a GPU, for tests and studies ($(TE_CPU))"
+	@echo "make bridge       Megatron-Bridge, for tools/convert_checkpoint.py --bridge megatron-bridge ($(VENV)-bridge)"
+	@echo "make modelopt     ModelOpt, for tools/quantize_checkpoint.py ($(VENV)-modelopt)"
 	@echo "make test         the whole test suite;  make test-fast: unit tests;  make test-long: soaks and wide sweeps"
 	@echo "make test-gpu     on a machine with a GPU, with the torch that is there; make bench-gpu: how fast"
 	@echo "make bench        every benchmark beside its peers, as tables and JSON under $(BENCH_DIR)"
@@ -45,13 +49,39 @@ $(VENV)/.sglang: $(VENV)/.built requirements/sglang.txt
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	@touch $@
 
-test: env sglang
+# TransformerEngine's Python half, in an environment over $(VENV), never in it: half of a TransformerEngine changes what
+# Megatron picks. A folder that a .pth file names only joins sys.path; addsitedir reads the .pth files in it as well.
+export TE_CPU ?= $(abspath $(VENV))-te
+LAY_OVER := import pathlib, sys, sysconfig; \
+  site = pathlib.Path(sysconfig.get_path("purelib")); below = pathlib.Path(sys.argv[1]) / site.relative_to(sys.prefix); \
+  (site / "below.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
+
+te-cpu: $(TE_CPU)/.installed
+
+$(TE_CPU)/.installed: requirements/te_cpu.txt | $(VENV)/.built
+	$(BIN)/python -m venv --clear --without-pip $(TE_CPU)
+	$(BIN)/python -m pip --python $(TE_CPU)/bin/python install --quiet --disable-pip-version-check --no-deps \
+	  -r requirements/te_cpu.txt
+	@$(TE_CPU)/bin/python -c '$(LAY_OVER)' $(abspath $(VENV))
+	@touch $@
+
+# More environments over $(VENV), for packages whose pins contradict its own.
+bridge: $(VENV)-bridge/.installed
+modelopt: $(VENV)-modelopt/.installed
+
+$(VENV)-bridge/.installed $(VENV)-modelopt/.installed: $(VENV)-%/.installed: requirements/%.txt | $(VENV)/.built
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --disable-pip-version-check --no-deps -r $<
+	@$(@D)/bin/python -c '$(LAY_OVER)' $(abspath $(VENV))
+	@touch $@
+
+test: env sglang te-cpu bridge modelopt
 	$(BIN)/python -m pytest -m "not long" tests
 
 test-fast: env
 	$(BIN)/python -m pytest -m "not long" tests/unit
 
-test-long: env sglang
+test-long: env sglang te-cpu
 	$(BIN)/python -m pytest -m long --timeout 3600 tests
 
 # On a GPU machine, with the python and torch that are there (PYTHON=...): neither `make env` nor a package index.
@@ -91,4 +121,4 @@ format: env
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info megatron_fipo/*.so runs/quickstart .cache
+	rm -rf $(VENV) $(TE_CPU) $(VENV)-bridge $(VENV)-modelopt build *.egg-info megatron_fipo/*.so runs/quickstart .cache

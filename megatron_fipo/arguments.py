@@ -1,7 +1,7 @@
 """Flags: Megatron's own, ours beside them, presets and the Hugging Face model as their defaults.
 
-Order of precedence, weakest first: Megatron's defaults, the machine (``platform_defaults``), the preset, the model's
-config.json, the command line.
+Order of precedence, weakest first: Megatron's defaults, the machine (``platform_defaults``), the preset, the loss, the
+model's config.json, the command line.
 """
 
 import argparse
@@ -24,13 +24,16 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_fipo.checkpoint.start import find_start
 from megatron_fipo.checkpoint.state import check_loadable
 from megatron_fipo.errors import UserError
+from megatron_fipo.loss.advantage import ADVANTAGES
+from megatron_fipo.loss.config import NORMALIZATIONS
+from megatron_fipo.loss.kl import KL_ESTIMATORS
 from megatron_fipo.model.build import uses_transformer_engine
+from megatron_fipo.model.fp8_training import FP8_PRESETS, add_precision_flags
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.observe.run_folder import RunFolder
-from megatron_fipo.presets import DEFAULT_PRESET, PRESETS
+from megatron_fipo.presets import DEFAULT_PRESET, LOSS_DEFAULTS, PRESETS
 from megatron_fipo.rewards.flags import add_reward_flags
 from megatron_fipo.rollout.sglang.flags import split_flags
-from megatron_fipo.rollout.sglang.served import check_rollout_weights
 from megatron_fipo.validation import check, check_command_line, expert_parallel_size, model_parallel_size
 
 DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
@@ -59,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_algorithm_flags(parser.add_argument_group("FIPO"))
     _add_rollout_flags(parser.add_argument_group("data and rollouts"))
     add_reward_flags(parser.add_argument_group("rewards"))
+    add_precision_flags(parser.add_argument_group("precision"))
     megatron_arguments.add_megatron_arguments(parser)
     for action in parser._actions:  # one of Megatron's help texts has a bare "10%)", on which argparse's --help fails
         action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
@@ -77,10 +81,15 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_algorithm_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--loss", choices=["fipo", "dapo"], help="dapo: influence weights fixed at 1")
     group.add_argument(
-        "--loss-normalization", choices=["token", "group", "sequence"], help="default: as --fipo-semantics"
+        "--loss", choices=list(LOSS_DEFAULTS), help="dapo: influence weights fixed at 1 (docs/algorithm.md)"
     )
+    group.add_argument("--loss-normalization", choices=NORMALIZATIONS, help="default: as the loss's paper")
+    group.add_argument("--advantage", choices=ADVANTAGES, help="default: batch for reinforce++, else group")
+    group.add_argument("--return-gamma", type=float, default=1.0, help="discount per token, for --advantage batch")
+    group.add_argument("--reference-model", metavar="DIR", help="for --grpo-kl-beta above 0; default: --hf-model")
+    group.add_argument("--kl-estimator", choices=KL_ESTIMATORS, help="default: k3 in the loss, k1 in the reward")
+    group.add_argument("--kl-in", choices=["loss", "reward"], help="default: reward for reinforce++, else loss")
     group.add_argument(
         "--fipo-semantics", choices=["official", "paper"], help="where code and paper differ (docs/algorithm.md)"
     )
@@ -177,6 +186,11 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--rollout-temperature", type=float, help="log-probs are those of logits / temperature")
     group.add_argument("--rollout-max-tokens", type=int, help="longest response")
+    group.add_argument(
+        "--rollout-function",
+        metavar="MODULE:NAME",
+        help="your own loop of generation and tools, in training and evaluation (docs/rollout_functions.md)",
+    )
     group.add_argument("--rollout-max-running", type=int, default=256, help="completions generated at once per replica")
     group.add_argument(
         "--rollout-max-batches", type=int, help="generation batches per step before giving up on contrast"
@@ -209,10 +223,15 @@ def parse_arguments(argv: Sequence[str], *, training: bool = True) -> argparse.N
     parser = build_parser()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=DEFAULT_PRESET)
+    first.add_argument("--loss")
     first.add_argument("--hf-model")
+    first.add_argument("--fp8-preset")
     chosen, _ = first.parse_known_args(argv)
     parser.set_defaults(**platform_defaults())
-    parser.set_defaults(**PRESETS.get(chosen.preset, {}))  # an unknown name fails below, as any bad choice does
+    preset = PRESETS.get(chosen.preset, {})  # an unknown name fails below, as any bad choice does
+    parser.set_defaults(**preset)
+    parser.set_defaults(**LOSS_DEFAULTS.get(chosen.loss or preset.get("loss", ""), {}))
+    parser.set_defaults(**FP8_PRESETS.get(chosen.fp8_preset, {}))
     if chosen.hf_model:
         parser.set_defaults(**model_arguments(chosen.hf_model))
 
@@ -265,7 +284,7 @@ def platform_defaults() -> dict[str, Any]:
         fused_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # of Apex
         return defaults | {"bf16": True, "moe_grouped_gemm": True, "gradient_accumulation_fusion": fused_gradients}
     return defaults | {
-        "transformer_impl": "local",
+        "transformer_impl": "transformer_engine" if uses_transformer_engine() else "local",
         "distributed_backend": "gloo",
         "use_cpu_initialization": True,
         "masked_softmax_fusion": False,
@@ -327,60 +346,3 @@ def validate_megatron(args: argparse.Namespace) -> None:
         except (AssertionError, ValueError, RuntimeError) as error:
             failed = traceback.extract_tb(error.__traceback__)[-1].line
             raise UserError(f"Megatron refuses these flags: {str(error) or failed}") from error
-
-
-def banner(args: argparse.Namespace) -> dict[str, str]:
-    """The same in a few lines, for a person who watches the start."""
-    n = batch_arithmetic(args)
-    low, high = n["fipo_weight_range"]
-    return {
-        "model": args.hf_model,
-        "ranks": f"{n['world_size']}: "
-        + ", ".join(f"{kind} parallel {n[f'{kind}_parallel']}" for kind in ("data", "tensor", "pipeline", "context")),
-        "rollout": f"{n['prompts_per_step']} prompts x {n['group_size']} = {n['samples_per_step']:,} samples a step, "
-        f"up to {n['max_response_tokens']:,} tokens each",
-        "updates": f"{n['updates_per_step']} a step of {n['samples_per_update']:,} samples",
-        "loss": f"{n['loss']}, half-life {n['fipo_half_life']:g} tokens, weights in [{low:g}, {high:g}]"
-        if n["loss"] == "fipo"
-        else n["loss"],
-        "schedule": f"{n['num_steps']} steps, learning rate {n['lr']:g} after {n['lr_warmup_steps']} steps of warm-up",
-    }
-
-
-def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
-    """Every number that follows from the flags, as printed at the start and by --dry-run."""
-    samples = args.grpo_prompts_per_step * args.grpo_group_size
-    known = args.rollout_engine == "sglang" and args.hf_model
-    precision = {"precision": check_rollout_weights(args, training=False).summary()} if known else {}
-    return precision | {
-        "preset": args.preset,
-        "loss": args.loss,
-        "fipo_semantics": args.fipo_semantics,
-        "fipo_half_life": args.fipo_half_life,
-        "fipo_weight_range": [args.fipo_weight_low, args.fipo_weight_high],
-        "fipo_safety_threshold": args.fipo_safety_threshold,
-        "fipo_dual_clip": args.fipo_dual_clip,
-        "clip_range": [args.grpo_clamp_eps_lower, args.grpo_clamp_eps_upper],
-        "prompts_per_step": args.grpo_prompts_per_step,
-        "group_size": args.grpo_group_size,
-        "samples_per_step": samples,
-        "samples_per_update": args.global_batch_size,
-        "prompts_per_update": args.global_batch_size // args.grpo_group_size,
-        "updates_per_step": samples // args.global_batch_size * args.grpo_iterations,
-        "num_steps": args.num_steps,
-        "max_prompt_tokens": args.max_prompt_tokens,
-        "max_response_tokens": args.rollout_max_tokens,
-        "max_tokens_per_microbatch": args.max_tokens_per_microbatch,
-        "overlong_buffer": args.reward_overlong_buffer,
-        "overlong_penalty": args.reward_overlong_penalty,
-        "temperature": args.rollout_temperature,
-        "lr": args.lr,
-        "lr_warmup_steps": args.lr_warmup_iters,
-        "weight_decay": args.weight_decay,
-        "clip_grad": args.clip_grad,
-        "world_size": args.world_size,
-        "tensor_parallel": args.tensor_model_parallel_size,
-        "pipeline_parallel": args.pipeline_model_parallel_size,
-        "context_parallel": args.context_parallel_size,
-        "data_parallel": args.world_size // model_parallel_size(args),
-    }

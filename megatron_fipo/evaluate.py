@@ -8,6 +8,7 @@ own. DIR of --out gets metrics.json and every response of a set in NAME.jsonl. T
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.engine import SamplingParams
-from megatron_fipo.session import as_one_rank, load_model, megatron_log, open_engine
+from megatron_fipo.session import as_one_rank, load_model, megatron_log, open_engine, open_responder
 
 
 def evaluate(args: argparse.Namespace, inputs: Inputs, out: Path) -> dict[str, Any] | None:
@@ -38,11 +39,11 @@ def evaluate(args: argparse.Namespace, inputs: Inputs, out: Path) -> dict[str, A
     with megatron_log(out / "megatron.log" if first else Path(os.devnull)):
         chunks = load_model(args, console.note)
     replicas = Replicas.current()
-    engine = open_engine(args, RunFolder(out.parent, out.name), chunks, replicas)
-    engine.update_weights(0)
     sampling = SamplingParams(args.rollout_max_tokens, 1.0, args.eval_top_p, inputs.answers.stop_token_ids)
-    evaluation = evaluate_sets(engine, inputs.eval_sets, sampling, inputs.answers, replicas, args.seed, console)
-    engine.close()
+    with contextlib.closing(open_engine(args, RunFolder(out.parent, out.name), chunks, replicas)) as engine:
+        engine.update_weights(0)
+        responder = open_responder(args, inputs, engine, replicas)
+        evaluation = evaluate_sets(responder, inputs.eval_sets, sampling, inputs.answers, replicas, args.seed, console)
     records = _gather_records(evaluation, replicas)
     if not first:
         return None

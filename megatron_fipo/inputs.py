@@ -18,6 +18,7 @@ from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rewards.functions import SOURCE, parse_terms
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rewards.verify import resolve_source
+from megatron_fipo.rollout.functions import RolloutFunction
 from megatron_fipo.validation import model_parallel_size, parse_eval_data
 
 
@@ -33,6 +34,7 @@ class Inputs:
     dropped_prompts: int
     duplicate_prompts: int
     eval_sets: tuple[EvaluationSet, ...]
+    rollout_function: RolloutFunction | None
 
     def counts(self) -> dict[str, int]:
         """For --dry-run."""
@@ -55,6 +57,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     tokenizer = load_tokenizer(args.hf_model)
     encode = encoder(tokenizer, args.apply_chat_template)
     terms = parse_terms(args.reward_function)
+    function = RolloutFunction.load(args.rollout_function) if args.rollout_function else None
     template = TEMPLATES.get(args.problem_template, args.problem_template)
 
     def resolve(source: str, where: str) -> str:
@@ -87,6 +90,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         dropped_prompts=len(prompts) - len(kept),
         duplicate_prompts=count_duplicates(kept),
         eval_sets=tuple(eval_sets),
+        rollout_function=function,
     )
 
 

@@ -1,7 +1,7 @@
 """Named sets of defaults; an explicit flag always wins.
 
-Values of the paper (arXiv 2603.19835, Table 3) and of its released scripts; ``dapo`` is the paper's baseline.
-Keys are argument names, Megatron's own where Megatron has the flag.
+Values of the paper (arXiv 2603.19835, Table 3) and of its released scripts; ``dapo`` is the paper's baseline. Another
+loss brings what its own paper asks for. Keys are argument names, Megatron's own where Megatron has the flag.
 """
 
 from typing import Any
@@ -86,3 +86,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 DEFAULT_PRESET = "fipo-32b"
+
+_GRPO: dict[str, Any] = {"advantage": "group", "kl_in": "loss"}
+
+LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "fipo": _GRPO,
+    "dapo": _GRPO,
+    "grpo": {**_GRPO, "loss_normalization": "sequence", "grpo_clamp_eps_lower": 0.2, "grpo_clamp_eps_upper": 0.2},
+    # arXiv 2507.18071, Section 5.1: the ratio of a whole response moves little
+    "gspo": {**_GRPO, "loss_normalization": "sequence", "grpo_clamp_eps_lower": 3e-4, "grpo_clamp_eps_upper": 4e-4},
+    # no lower bound, as in arXiv 2506.13585; weights up to 5, as in arXiv 2510.13786
+    "cispo": {**_GRPO, "loss_normalization": "token", "grpo_clamp_eps_lower": 1.0, "grpo_clamp_eps_upper": 4.0},
+    "reinforce++": {
+        "advantage": "batch",
+        "kl_in": "reward",
+        "loss_normalization": "token",
+        "grpo_clamp_eps_lower": 0.2,
+        "grpo_clamp_eps_upper": 0.2,
+    },
+}
+"""What --loss changes in a preset."""

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from megatron_fipo.data.prompts import PromptStream
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.inputs import Inputs
-from megatron_fipo.loss import CorrectionConfig, FipoConfig
+from megatron_fipo.loss import AdvantageConfig, CorrectionConfig, LossConfig
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
+from megatron_fipo.model.reference import ReferenceWeights
 from megatron_fipo.observe.console import Console
+from megatron_fipo.observe.efficiency import Efficiency, peak_flops
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.observe.timers import PhaseTimer
 from megatron_fipo.observe.writers import MetricWriter
@@ -37,7 +39,16 @@ from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
-from megatron_fipo.settings import collect_settings, correction_config, loss_config, planner
+from megatron_fipo.rollout.functions import FunctionResponder
+from megatron_fipo.rollout.responder import Responder, SingleTurn
+from megatron_fipo.settings import (
+    advantage_config,
+    collect_settings,
+    correction_config,
+    cost_model,
+    loss_config,
+    planner,
+)
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,16 @@ class Session:
 
     policy: Policy
     engine: RolloutEngine
+    responder: Responder
     replicas: Replicas
     checkpoints: Checkpoints
     interruption: Interruption
     state: LoopState
     stream: PromptStream
     collect: CollectSettings
-    loss: FipoConfig
+    loss: LossConfig
+    advantage: AdvantageConfig
+    reference: ReferenceWeights | None
     correction: CorrectionConfig
     plan: Callable[[Sequence[int]], list[UpdatePlan]]
     eval_sets: tuple[EvaluationSet, ...]
@@ -78,22 +92,33 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         console.note(args.start_note)
     with megatron_log(folder.path / "megatron.log" if first else Path(os.devnull)):
         chunks, optimizer, scheduler = start_megatron(args)
-        checkpoints = Checkpoints(folder.checkpoints, args, chunks, optimizer, scheduler, args.keep_last, console.note)
+        replicas = Replicas.current()
+        checkpoints = Checkpoints(
+            folder.checkpoints, args, chunks, optimizer, scheduler, args.keep_last, console.note, replicas
+        )
         state = _load(args, stream, checkpoints, chunks, optimizer)
     if state.step:
         console.note(f"loaded step {state.step} of {args.load_run}")
+    if state.leftovers and state.leftovers.table.shape[1] != args.grpo_group_size:
+        console.note("the groups that it left over do not have --grpo-group-size samples, and are dropped")
+        state = replace(state, leftovers=None)
     stream.cursor = state.prompt_cursor
-    replicas = Replicas.current()
     timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+    policy = Policy(
+        chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
+    )
+    reference = None
+    if args.grpo_kl_beta and not args.rollout_only:
+        reference = ReferenceWeights(chunks, args.reference_model or args.hf_model)
     loss = loss_config(args)
     records = first and not args.rollout_only
     writer = _open_writer(args, folder, state) if records else None
     stop = inputs.answers.stop_token_ids
+    engine = open_engine(args, folder, chunks, replicas)
     return Session(
-        policy=Policy(
-            chunks, optimizer, scheduler, args.vocab_size, args.rollout_temperature, args.seq_length, replicas.context
-        ),
-        engine=open_engine(args, folder, chunks, replicas),
+        policy=policy,
+        engine=engine,
+        responder=open_responder(args, inputs, engine, replicas),
         replicas=replicas,
         checkpoints=checkpoints,
         interruption=Interruption(replicas.device),
@@ -101,6 +126,8 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         stream=stream,
         collect=collect_settings(args, stop),
         loss=loss,
+        advantage=advantage_config(args),
+        reference=reference,
         correction=correction_config(args),
         plan=planner(args),
         eval_sets=inputs.eval_sets,
@@ -108,7 +135,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         answers=inputs.answers,
         console=console,
         timer=timer,
-        recorder=Recorder(folder, writer, console, timer, replicas, loss),
+        recorder=Recorder(folder, writer, console, timer, replicas, loss, _efficiency(args), inputs.answers.tokenizer),
     )
 
 
@@ -134,7 +161,8 @@ def load_model(args: argparse.Namespace, note: Callable[[str], None]) -> list[An
     chunks = training.get_model(model_provider(args), ModelType.encoder_or_decoder, wrap_with_ddp=False)
     if args.load_run:
         folder = Path(args.load_run)
-        Checkpoints(folder, args, chunks, None, None, args.keep_last, note).load_weights(folder)
+        checkpoints = Checkpoints(folder, args, chunks, None, None, args.keep_last, note, Replicas.current())
+        checkpoints.load_weights(folder)
     else:
         load_hf_weights(chunks, args.hf_model)
     return chunks
@@ -180,6 +208,19 @@ def open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], 
 
     fleet = factory.open_fleet(args, folder.path / "sglang")
     return factory.open_engine(args, fleet, factory.open_weight_sync(args, chunks, fleet), replicas)
+
+
+def open_responder(args: argparse.Namespace, inputs: Inputs, engine: RolloutEngine, replicas: Replicas) -> Responder:
+    """The engine alone, or together with --rollout-function."""
+    if inputs.rollout_function is None:
+        return SingleTurn(engine)
+    return FunctionResponder(inputs.rollout_function, engine, replicas, inputs.answers.tokenizer, args.vocab_size)
+
+
+def _efficiency(args: argparse.Namespace) -> Efficiency:
+    precision = "fp8" if args.fp8 else "bf16" if args.bf16 else "fp32"
+    peak = peak_flops(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
+    return Efficiency(cost_model(args), args.world_size, args.max_tokens_per_microbatch, peak)
 
 
 def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) -> MetricWriter:

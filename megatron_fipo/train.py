@@ -2,11 +2,12 @@
 
     torchrun --nproc-per-node 8 -m megatron_fipo.train --preset fipo-32b --hf-model DIR --prompt-data FILE
 
-One step: generate groups until enough of them have contrast, turn rewards into advantages, plan who trains on what,
-recompute log-probs, update several times, publish the weights.
+One step: generate groups until enough of them have contrast, plan who trains on what, recompute log-probs, turn rewards
+into advantages, update several times, publish the weights.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -16,18 +17,19 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from megatron_fipo import compat
-from megatron_fipo.arguments import banner, batch_arithmetic, parse_arguments
+from megatron_fipo.arguments import parse_arguments
+from megatron_fipo.arithmetic import banner, batch_arithmetic
 from megatron_fipo.checkpoint.hf_write import save_hf
 from megatron_fipo.checkpoint.state import LoopState
+from megatron_fipo.data.advantages import add_advantages
 from megatron_fipo.data.batches import make_micro_batches
 from megatron_fipo.data.correction import correct_updates
 from megatron_fipo.errors import UserError
 from megatron_fipo.evaluation.accuracy import Evaluation, evaluate_sets
 from megatron_fipo.inputs import read_inputs
-from megatron_fipo.loss import group_advantage
 from megatron_fipo.parallel.interruption import Interrupted
 from megatron_fipo.rollout.collect import OutOfContrast, collect, groups_to_generate
-from megatron_fipo.rollout.interruptible import InterruptibleEngine
+from megatron_fipo.rollout.interruptible import InterruptibleResponder
 from megatron_fipo.rollout.replay import read_rollout, write_rollout
 from megatron_fipo.rollout.rollout import Rollout
 from megatron_fipo.session import Session, open_session
@@ -52,7 +54,7 @@ def train(run: Session, args: argparse.Namespace) -> None:
             run.checkpoints.poll()
             run.interruption.check()
             with run.timer("rollout"):
-                rollout = next_rollout(run, args, step, state.contrast_rate)
+                rollout = next_rollout(run, args, state)
                 if args.reward_overlong_filter:
                     rollout = rollout.without_truncated()
         except (OutOfContrast, Interrupted) as error:
@@ -60,14 +62,17 @@ def train(run: Session, args: argparse.Namespace) -> None:
             break
         run.engine.sleep()
 
-        advantage_S = group_advantage(rollout.reward_S, rollout.group_ids_S)
         plan = run.plan(rollout.packed_length_S.tolist())
-        updates = make_micro_batches(plan, rollout, advantage_S, run.loss, run.replicas)
+        updates = make_micro_batches(plan, rollout, run.loss, run.replicas)
 
         learning_rate = run.policy.advance_schedule(args.global_batch_size)
         with run.timer("old_logp"):
             updates, entropy_sum = run.policy.add_old_log_probs(updates)
             updates, correction = correct_updates(updates, plan, rollout, run.correction, run.loss, run.replicas)
+        if run.reference:
+            with run.timer("reference"):
+                updates = run.policy.add_reference_log_probs(updates, run.reference)
+        updates, penalty = add_advantages(updates, rollout, run.advantage, run.replicas)
         with run.timer("update"), run.console.progress("update", len(updates) * args.grpo_iterations) as progress:
             results = []
             for micro_batches in updates * args.grpo_iterations:
@@ -80,8 +85,9 @@ def train(run: Session, args: argparse.Namespace) -> None:
         due = step % args.eval_interval == 0 or step == args.num_steps
         # Asked to stop, a run saves at once: an evaluation may take longer than the signal leaves.
         evaluation = evaluate(run) if due and not run.interruption.received() else None
-        run.recorder.step(step, rollout, updates, entropy_sum, correction, results, learning_rate, evaluation)
-        state = replace(state, step=step, prompt_cursor=run.stream.cursor, contrast_rate=rollout.contrast_rate)
+        extra = correction | penalty | run.engine.metrics()
+        run.recorder.step(step, rollout, plan, updates, entropy_sum, extra, results, learning_rate, evaluation)
+        state = after(run, state, rollout)
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)
             saved = step
@@ -104,40 +110,53 @@ def save(run: Session, state: LoopState) -> None:
         run.checkpoints.save(state)
 
 
-def next_rollout(run: Session, args: argparse.Namespace, step: int, contrast_rate: float) -> Rollout:
-    """Generate a step's samples, or read those that ``--rollout-only`` wrote."""
+def next_rollout(run: Session, args: argparse.Namespace, state: LoopState) -> Rollout:
+    """Generate the next step's samples, or read those that ``--rollout-only`` wrote."""
     if args.train_from_rollouts:
         prompts, group_size = args.grpo_prompts_per_step, args.grpo_group_size
-        return read_rollout(args.train_from_rollouts, step, prompts, group_size, run.replicas)
-    groups = groups_to_generate(args.grpo_prompts_per_step, contrast_rate, run.collect)
+        return read_rollout(args.train_from_rollouts, state.step + 1, prompts, group_size, run.replicas)
+    carried = len(state.leftovers.visits) if state.leftovers else 0
+    groups = groups_to_generate(max(1, args.grpo_prompts_per_step - carried), state.contrast_rate, run.collect)
     with run.console.progress("rollout", groups * args.grpo_group_size) as progress:
         return collect(
-            InterruptibleEngine(run.engine, run.interruption),
+            InterruptibleResponder(run.responder, run.interruption),
             run.stream,
             run.answers.verify,
             run.collect,
             run.replicas,
-            version=step - 1,
-            contrast_rate=contrast_rate,
+            version=state.step,
+            contrast_rate=state.contrast_rate,
             on_finished=lambda n: progress.advance(n * run.replicas.size),
+            leftovers=state.leftovers,
         )
+
+
+def after(run: Session, state: LoopState, rollout: Rollout) -> LoopState:
+    """The loop's state after the step that used ``rollout``."""
+    return replace(
+        state,
+        step=state.step + 1,
+        prompt_cursor=run.stream.cursor,
+        contrast_rate=rollout.contrast_rate,
+        leftovers=rollout.leftovers,
+    )
 
 
 def write_rollouts(run: Session, args: argparse.Namespace) -> None:
     """Generate every step's samples with the weights as they are."""
-    contrast_rate = run.state.contrast_rate
-    run.engine.update_weights(run.state.step)
-    for step in range(run.state.step + 1, args.num_steps + 1):
-        rollout = next_rollout(run, args, step, contrast_rate)
-        write_rollout(args.rollout_only, step, rollout, run.replicas)
-        contrast_rate = rollout.contrast_rate
+    state = run.state
+    run.engine.update_weights(state.step)
+    while state.step < args.num_steps:
+        rollout = next_rollout(run, args, state)
+        state = after(run, state, rollout)
+        write_rollout(args.rollout_only, state.step, rollout, run.replicas)
 
 
 def evaluate(run: Session) -> Evaluation:
     """Accuracy on the held-out sets."""
     with run.timer("eval"):
         return evaluate_sets(
-            run.engine, run.eval_sets, run.eval_sampling, run.answers, run.replicas, run.collect.seed, run.console
+            run.responder, run.eval_sets, run.eval_sampling, run.answers, run.replicas, run.collect.seed, run.console
         )
 
 
@@ -155,14 +174,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
         run = open_session(args, inputs)
         run.console.banner(banner(args) | {"prompts": str(inputs)})
-        try:
-            if args.rollout_only:
-                write_rollouts(run, args)
-            else:
-                train(run, args)
-        except Interrupted:
-            run.console.note("stopped by a signal; what was finished is saved")
-        run.engine.close()
+        with contextlib.closing(run.engine):
+            try:
+                if args.rollout_only:
+                    write_rollouts(run, args)
+                else:
+                    train(run, args)
+            except Interrupted:
+                run.console.note("stopped by a signal; what was finished is saved")
         dist.destroy_process_group()
     except UserError as error:
         # Before the start every rank of a node finds the same mistake; later perhaps one of them alone.

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.build import uses_transformer_engine
+from megatron_fipo.model.fp8_training import check_fp8
+from megatron_fipo.model.hf_config import architecture
 from megatron_fipo.rewards.functions import parse_terms
 from megatron_fipo.rollout.sglang.flags import DESCRIBING
 from megatron_fipo.rollout.sglang.served import check_rollout_weights
-from megatron_fipo.settings import correction_config, loss_config
+from megatron_fipo.settings import advantage_config, correction_config, kl_estimator, loss_config, pack_alignment
 
 _REFUSED = {
     "--perform-rl-step": "megatron_fipo runs its own loop; leave it out",
@@ -43,6 +46,20 @@ _REFUSED = {
     "--moe-router-load-balancing-type": "the policy's gradient is the only one; leave it out",
     "--moe-router-fusion": "it goes past the routing replay; leave it out",
     "--cuda-graph-impl": "packs differ in length; leave it out",
+    **dict.fromkeys(
+        (
+            "--fp8-margin",
+            "--fp8-interval",
+            "--fp8-amax-history-len",
+            "--fp8-amax-compute-algo",
+            "--no-fp8-wgrad",
+            "--disable-fp8-wgrad",
+            "--tp-only-amax-red",
+        ),
+        "it belongs to delayed scaling, under which old and new log-probs differ; see --fp8-preset and --fp8-backward",
+    ),
+    "--fp8-param-gather": "weights would exist in FP8 only, and exports and weight sync need them whole; leave it out",
+    "--fp8-output-proj": "log-probs come from a BF16 output layer; leave it out",
     "--skip-train": "use python -m megatron_fipo.evaluate",
     "--rampup-batch-size": "every update has --global-batch-size samples",
     "--decrease-batch-size-if-needed": "every update has --global-batch-size samples",
@@ -57,7 +74,6 @@ _REFUSED_FAMILIES = {
     "--non-persistent-": "use --save-interval and --keep-last",
     "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
-    "--fp8-": "FP8 training is not supported yet; leave it out",
     "--fp4-": "FP4 training is not supported yet; leave it out",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
 }
@@ -75,6 +91,7 @@ _PRETRAINING_DATA = (
 )
 _POSITIVE = (
     "grpo_prompts_per_step",
+    "grpo_group_size",
     "grpo_iterations",
     "global_batch_size",
     "num_steps",
@@ -91,6 +108,17 @@ _POSITIVE = (
     "context_parallel_size",
     "expert_model_parallel_size",
 )
+
+
+# What a loss reads of --fipo-*; fipo reads them all.
+_FIPO_FLAGS: dict[str, tuple[str, ...]] = {
+    "dapo": ("--fipo-semantics", "--fipo-dual-clip"),
+    "grpo": (),
+    "gspo": (),
+    "cispo": (),
+    "reinforce++": (),
+}
+_FREE_IN_A_REFERENCE = {"max_position_embeddings", "init_method_std"}
 
 
 def check_command_line(argv: Sequence[str]) -> None:
@@ -119,6 +147,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
         _check_batch(args)
     _check_algorithm(args)
     _check_parallel(args)
+    _check_fp8(args)
     _check_engine(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
@@ -191,8 +220,15 @@ def _check_save_hf(args: argparse.Namespace) -> None:
 
 def _check_batch(args: argparse.Namespace) -> None:
     group, prompts, update = args.grpo_group_size, args.grpo_prompts_per_step, args.global_batch_size
-    if group < 2:
-        raise UserError(f"--grpo-group-size {group}: an advantage is relative to its group; use at least 2")
+    if group < 2 and args.advantage != "batch":
+        raise UserError(
+            f"--grpo-group-size {group}: --advantage {args.advantage} is relative to the group; use at least 2, or "
+            "--advantage batch"
+        )
+    if group < 2 and args.rollout_dynamic_sampling:
+        raise UserError(
+            f"--grpo-group-size {group}: one response is never both right and wrong; add --no-rollout-dynamic-sampling"
+        )
     samples = prompts * group
     if update % group:
         raise UserError(
@@ -221,13 +257,13 @@ def _check_batch(args: argparse.Namespace) -> None:
 
 
 def _check_algorithm(args: argparse.Namespace) -> None:
-    if args.grpo_kl_beta or args.grpo_entropy_term_weight:
-        raise UserError("--grpo-kl-beta and --grpo-entropy-term-weight are not supported yet; leave them at 0")
-    if not 0 <= args.fipo_weight_low <= 1 <= args.fipo_weight_high:
+    _check_loss_flags(args)
+    if args.loss == "fipo" and not 0 <= args.fipo_weight_low <= 1 <= args.fipo_weight_high:
         raise UserError(
             f"--fipo-weight-low {args.fipo_weight_low} and --fipo-weight-high {args.fipo_weight_high} must enclose 1"
         )
     loss_config(args)
+    advantage_config(args)
     correction_config(args)
     if not args.rollout_temperature > 0:
         raise UserError(
@@ -243,6 +279,39 @@ def _check_algorithm(args: argparse.Namespace) -> None:
             f"--reward-overlong-buffer {args.reward_overlong_buffer} must be less than "
             f"--rollout-max-tokens {args.rollout_max_tokens}"
         )
+
+
+def _check_loss_flags(args: argparse.Namespace) -> None:
+    """Flags that the chosen loss would not read, and terms beside the policy gradient."""
+    given = [word.split("=")[0] for word in args.command_line]
+    for flag in given:
+        if flag.startswith("--fipo-") and flag not in _FIPO_FLAGS.get(args.loss, (flag,)):
+            raise UserError(f"{flag} says nothing about --loss {args.loss}; leave it out, or use --loss fipo")
+    for flag, value in (
+        ("--grpo-kl-beta", args.grpo_kl_beta),
+        ("--grpo-entropy-term-weight", args.grpo_entropy_term_weight),
+    ):
+        if not 0 <= value < math.inf:
+            raise UserError(f"{flag} {value} must be a finite number from 0 up")
+    if args.advantage != "batch" and "--return-gamma" in given:
+        raise UserError(f"--return-gamma is for --advantage batch, not {args.advantage}; leave it out")
+    if not args.grpo_kl_beta:
+        for flag in ("--reference-model", "--kl-estimator", "--kl-in"):
+            if flag in given:
+                raise UserError(f"{flag} needs a KL to the reference model; give its weight with --grpo-kl-beta")
+        return
+    if args.kl_in == "loss" and kl_estimator(args) == "k1":
+        raise UserError(
+            "--kl-estimator k1 has no gradient in expectation as a term of the loss; use k2 or k3, or --kl-in reward"
+        )
+    if args.reference_model and args.hf_model:
+        own, other = architecture(args.hf_model), architecture(args.reference_model)
+        for name in own.keys() - _FREE_IN_A_REFERENCE:
+            if own[name] != other.get(name):
+                raise UserError(
+                    f"--reference-model {args.reference_model} has {name} {other.get(name)} where --hf-model has "
+                    f"{own[name]}; give a model of the same architecture"
+                )
 
 
 def model_parallel_size(args: argparse.Namespace) -> int:
@@ -281,6 +350,18 @@ def _check_engine(args: argparse.Namespace) -> None:
         raise UserError("--sglang-servers: SGLang is not installed; run 'make sglang', or use a container that has it")
 
 
+def _check_fp8(args: argparse.Namespace) -> None:
+    check_fp8(args)
+    if args.fp8 and not args.dry_run and not uses_transformer_engine(args.transformer_impl):
+        fix = "leave out --transformer-impl local" if uses_transformer_engine() else "use an NGC PyTorch container"
+        raise UserError(f"FP8 needs TransformerEngine's layers on a GPU, and this run would not use them; {fix}")
+    if args.max_tokens_per_microbatch < pack_alignment(args):
+        raise UserError(
+            f"--max-tokens-per-microbatch {args.max_tokens_per_microbatch} is less than the {pack_alignment(args)} "
+            f"tokens that FP8 packs are filled up to; raise it"
+        )
+
+
 def expert_parallel_size(args: argparse.Namespace) -> int:
     """Ranks that hold all experts once."""
     tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
@@ -303,6 +384,11 @@ def _check_parallel(args: argparse.Namespace) -> None:
         )
     if args.sequence_parallel and tensor == 1:
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; leave it out")
+    if args.cp_comm_type != ["p2p"] and not uses_transformer_engine(args.transformer_impl):
+        raise UserError(
+            f"--cp-comm-type {' '.join(args.cp_comm_type)} is TransformerEngine's choice, which is not used here: the "
+            f"local attention gathers keys and values; leave it out"
+        )
     size = model_parallel_size(args)
     if args.world_size % size:
         raise UserError(

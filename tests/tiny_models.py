@@ -76,9 +76,11 @@ def megatron_args(hf_dir: str | Path, *flags: str, vocab_multiple: int = 8):
     """Megatron's arguments for the model of an HF folder."""
     from megatron.training.arguments import parse_args, validate_args
 
+    from megatron_fipo.model.fp8_training import add_precision_flags
     from megatron_fipo.model.hf_config import megatron_arguments
 
     def defaults(parser):
+        add_precision_flags(parser.add_argument_group("precision"))
         parser.set_defaults(**megatron_arguments(hf_dir))
         return parser
 
@@ -113,8 +115,8 @@ def trainer_log_probs(chunks, prompt, completion, temperature: float, vocab_size
     cu = torch.tensor([0, n], dtype=torch.int32)
     one = torch.ones(1)
     batch = PackedBatch(
-        tokens[:-1], tokens[1:], torch.arange(n), torch.ones(n, dtype=torch.bool), torch.zeros(n), None, one, None,
-        cu, cu, one.long(), one.long(),
+        tokens[:-1], tokens[1:], torch.arange(n), torch.ones(n, dtype=torch.bool), torch.zeros(n), torch.zeros(n),
+        None, one, None, cu, cu, one.long(), one.long(),
     )  # fmt: skip
     with torch.no_grad():
         return packed_log_probs(chunks[0], batch, temperature=temperature, vocab_size=vocab_size)[len(prompt) - 1 :]

@@ -23,6 +23,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def make_rollout(samples: list[dict[str, Any]]) -> Any:
     table = torch.tensor(rows, dtype=torch.float64).unflatten(0, (-1, GROUP))
     replicas = Replicas.current()
     groups = {g: [sample(g * GROUP + i) for i in range(GROUP)] for g in range(replicas.rank, len(table), replicas.size)}
-    return Rollout.of(table, range(len(table)), 0, groups, 1)
+    return Rollout.of(table, range(len(table)), range(len(table)), groups, 1)
 
 
 def measure_ours(args: argparse.Namespace, policy: Any, samples: list[dict[str, Any]], steps: int) -> dict[str, float]:
@@ -136,7 +137,7 @@ def measure_ours(args: argparse.Namespace, policy: Any, samples: list[dict[str, 
     from megatron_fipo.settings import loss_config, planner
 
     replicas, loss, rollout = Replicas.current(), loss_config(args), make_rollout(samples)
-    advantage_S = torch.tensor([s["advantage"] for s in samples])
+    advantage_S = torch.tensor([s["advantage"] for s in samples], device=replicas.device)
     plan_of = planner(args)
     seconds: dict[str, list[float]] = {"plan": [], "old_logp": [], "update": []}
 
@@ -151,9 +152,12 @@ def measure_ours(args: argparse.Namespace, policy: Any, samples: list[dict[str, 
     for _ in range(steps + 1):  # the first warms up
         with phase("plan"):
             plan = plan_of(rollout.packed_length_S.tolist())
-            updates = make_micro_batches(plan, rollout, advantage_S, loss, replicas)
+            updates = make_micro_batches(plan, rollout, loss, replicas)
         with phase("old_logp"):
             updates, _ = policy.add_old_log_probs(updates)
+        updates = [
+            [replace(batch, advantage_S=batch.of_samples(advantage_S)) for batch in update] for update in updates
+        ]
         with phase("update"):
             for micro_batches in updates:
                 policy.update(micro_batches, loss)
@@ -185,12 +189,15 @@ def matmul_rate(dtype: torch.dtype) -> float:
 def measure_trl(model: Path, samples: list[dict[str, Any]], steps: int, threads: int) -> tuple[float, int]:
     """Seconds of one of TRL's updates at its best micro-batch size, and that size."""
     python = trl_environment()
+    # TRL is a job of one process itself, and the port of this one's process group is taken.
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
 
     def seconds(micro_batch: int, steps: int) -> float:
         job = model / "trl.json"
         settings = {"micro_batch": micro_batch, "steps": steps + 1, "threads": threads}  # the first step warms up
         job.write_text(json.dumps({"model": str(model), "samples": samples, **settings}))
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
         command = [str(python), str(HERE / "benchmarks" / "trl_peer.py"), str(job)]
         output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
         return statistics.median(json.loads(output.splitlines()[-1])[1:])

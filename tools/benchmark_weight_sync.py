@@ -28,10 +28,10 @@ from megatron_fipo.observe.environment import describe_environment
 from megatron_fipo.rollout.sglang.calls import Calls
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import server_parameter
-from megatron_fipo.rollout.sglang.sender import SyncSettings
 from megatron_fipo.rollout.sglang.server import Server, ServerAddress
 from megatron_fipo.rollout.sglang.servers import StartSettings, start_servers
 from megatron_fipo.rollout.sglang.update_group import UpdateGroup
+from megatron_fipo.rollout.sglang.update_session import SyncSettings
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
 BUCKET_MB = 64  # the default without GPUs
@@ -82,7 +82,7 @@ class RawBroadcast:
     """The same bytes in one broadcast to the same process."""
 
     def __init__(self, server: Server, nbytes: int) -> None:
-        self._server, self._calls, self._data = server, Calls(), torch.ones(nbytes, dtype=torch.uint8)
+        self._server, self._calls, self._data = server, Calls(Fleet([server])), torch.ones(nbytes, dtype=torch.uint8)
         self._group = UpdateGroup("raw", 2, "gloo", "127.0.0.1", 60, 120)
         where = {"master_address": self._group.host, "master_port": self._group.port, "group_name": "raw"}
         body = where | {"rank_offset": 1, "world_size": 2, "backend": "gloo"}

@@ -8,6 +8,7 @@
 `import` writes what `megatron_fipo.train --load DIR --finetune` and Megatron-LM itself load, in any layout, and keeps
 configuration, tokenizer and chat template in DIR/hf. `export` reads a checkpoint of any layout, tensor by tensor.
 `verify` runs both models over the same tokens and compares logits. OUT appears whole or not at all.
+`--bridge megatron-bridge` does both for architectures that we do not train, and holds the model in memory.
 
 Further flags are Megatron's, those of its layout above all. Exit code: 0; 1 if `verify` finds a difference; 2 for a
 mistake that the user can mend, told in one line on stderr. docs/conversion.md says more.
@@ -36,10 +37,13 @@ from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from megatron_fipo.arguments import build_parser, platform_defaults, validate_megatron  # noqa: E402
+from megatron_fipo.checkpoint.bridge import Bridge  # noqa: E402
 from megatron_fipo.checkpoint.hf_files import HFWeights  # noqa: E402
-from megatron_fipo.checkpoint.hf_write import copy_side_files, read_ahead, write_hf_folder  # noqa: E402
+from megatron_fipo.checkpoint.hf_map import EMBEDDING  # noqa: E402
+from megatron_fipo.checkpoint.hf_write import read_ahead, write_hf_folder  # noqa: E402
 from megatron_fipo.checkpoint.parity import Parity, compare  # noqa: E402
-from megatron_fipo.checkpoint.torch_dist import TorchDistWeights  # noqa: E402
+from megatron_fipo.checkpoint.side_files import copy_side_files  # noqa: E402
+from megatron_fipo.checkpoint.torch_dist import TorchDistWeights, checkpoint_folder, read_metadata  # noqa: E402
 from megatron_fipo.checkpoint.torch_dist_write import save_torch_dist  # noqa: E402
 from megatron_fipo.errors import UserError  # noqa: E402
 from megatron_fipo.model.build import model_provider  # noqa: E402
@@ -66,6 +70,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             command.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="folder of checkpoints")
         if name != "verify":
             command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+            command.add_argument("--bridge", choices=["megatron-bridge"], help="for any architecture (make bridge)")
         else:
             command.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line (default: random)")
         command.add_argument("--dtype", choices=DTYPES, help="default: the source's own")
@@ -73,11 +78,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def build_model(hf_dir: Path, dtype: torch.dtype, flags: Sequence[str]) -> tuple[argparse.Namespace, list[Any]]:
+def build_model(
+    hf_dir: Path, dtype: torch.dtype, flags: Sequence[str], bridge: Bridge | None = None
+) -> tuple[argparse.Namespace, list[Any]]:
     """Start Megatron in the layout of `flags`; its arguments and this rank's chunks with random weights."""
     as_one_rank()
     parser = build_parser()
-    parser.set_defaults(**platform_defaults() | architecture(hf_dir))
+    parser.set_defaults(**platform_defaults() | (bridge.arguments() if bridge else architecture(hf_dir)))
     parser.set_defaults(bf16=dtype is torch.bfloat16, no_save_optim=True, no_save_rng=True, finetune=True)
     parser.set_defaults(seq_length=PROMPT_TOKENS, train_iters=1, lr=1e-6, min_lr=0.0, use_distributed_optimizer=False)
     parser.set_defaults(perform_initialization=False)  # every weight is loaded
@@ -85,7 +92,8 @@ def build_model(hf_dir: Path, dtype: torch.dtype, flags: Sequence[str]) -> tuple
     args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     validate_megatron(args)
     initialize(args)
-    return args, training.get_model(model_provider(args), wrap_with_ddp=False)
+    provider = bridge.model_provider(args) if bridge else model_provider(args)
+    return args, training.get_model(provider, wrap_with_ddp=False)
 
 
 def own_dtype(hf_dir: Path) -> torch.dtype:
@@ -94,19 +102,28 @@ def own_dtype(hf_dir: Path) -> torch.dtype:
     return torch.bfloat16 if {weights.dtype(n) for n in weights.names()} == {torch.bfloat16} else torch.float32
 
 
-def import_hf(hf_dir: Path, out: Path, dtype: torch.dtype | None, flags: Sequence[str]) -> dict[str, Any]:
+def import_hf(
+    hf_dir: Path, out: Path, dtype: torch.dtype | None, flags: Sequence[str], *, with_bridge: bool = False
+) -> dict[str, Any]:
     """Hugging Face -> torch_dist. Collective over the ranks of the launch."""
     check_new(out)
-    megatron_arguments(hf_dir)  # names what the folder lacks
+    bridge = Bridge(hf_dir) if with_bridge else None
+    if not bridge:
+        megatron_arguments(hf_dir)  # names what the folder lacks
     stored = dtype or own_dtype(hf_dir)
-    args, chunks = build_model(hf_dir, stored, flags)
+    args, chunks = build_model(hf_dir, stored, flags, bridge)
+    if bridge:
+        bridge.load_hf_weights(chunks, hf_dir)
     partial = out.with_name(out.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         copy_side_files(hf_dir, partial / SIDE_FILES, dtype)
     dist.barrier()
     args.save = str(partial)
-    save_torch_dist(chunks, hf_dir, partial)
+    if bridge:
+        checkpointing.save_checkpoint(0, chunks, None, None, 0, release=True)
+    else:
+        save_torch_dist(chunks, hf_dir, partial)
     if dist.get_rank() == 0:
         partial.rename(out)
     dist.barrier()
@@ -116,17 +133,47 @@ def import_hf(hf_dir: Path, out: Path, dtype: torch.dtype | None, flags: Sequenc
 def export_hf(megatron: Path, hf_dir: Path | None, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """torch_dist -> Hugging Face. One process: the format has every layout's tensors in one piece."""
     check_new(out)
-    source = hf_dir or megatron / SIDE_FILES
-    if not hf_dir and not source.is_dir():
-        raise UserError(
-            f"{megatron} has no folder {SIDE_FILES!r} with config.json and tokenizer, as an imported checkpoint has: "
-            f"name the model that training started from with --hf"
-        )
+    source = hf_dir or own_side_files(megatron)
     weights = TorchDistWeights(megatron, source)
     layout = weights.layout(dtype)
     stored = {tensor.dtype for tensor in layout}
     write_hf_folder(read_ahead(weights.hf_tensors()), layout, source, out, stored.pop() if len(stored) == 1 else None)
     return {"tensors": len(layout), "out": str(out)}
+
+
+def export_with_bridge(
+    megatron: Path, hf_dir: Path | None, out: Path, dtype: torch.dtype | None, flags: Sequence[str]
+) -> dict[str, Any]:
+    """The same by Megatron-Bridge, which holds the model. Collective over the ranks of the launch."""
+    check_new(out)
+    source = hf_dir or own_side_files(megatron)
+    bridge = Bridge(source)
+    embedding = read_metadata(checkpoint_folder(megatron) / ".metadata").state_dict_metadata.get(EMBEDDING)
+    if embedding is None:
+        raise UserError(f"{megatron} has no {EMBEDDING}: it is no checkpoint of a language model.")
+    args, chunks = build_model(source, embedding.properties.dtype, [*flags, "--no-load-optim", "--no-load-rng"], bridge)
+    args.load = str(megatron)
+    checkpointing.load_checkpoint(chunks, None, None)
+    layout = bridge.hf_layout(chunks, dtype)
+    stored = {tensor.dtype for tensor in layout}
+    stream = bridge.export_hf_weights(chunks)
+    if dist.get_rank() == 0:
+        write_hf_folder(stream, layout, source, out, stored.pop() if len(stored) == 1 else None)
+    else:
+        for _ in stream:
+            pass
+    dist.barrier()
+    return {"tensors": len(layout), "out": str(out)}
+
+
+def own_side_files(megatron: Path) -> Path:
+    """The folder in an imported checkpoint that holds configuration and tokenizer. Raises UserError: there is none."""
+    if not (megatron / SIDE_FILES).is_dir():
+        raise UserError(
+            f"{megatron} has no folder {SIDE_FILES!r} with config.json and tokenizer, as an imported checkpoint has: "
+            f"name the model that training started from with --hf"
+        )
+    return megatron / SIDE_FILES
 
 
 def verify(
@@ -191,9 +238,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # Megatron prints a thousand lines
             if ours.command == "import":
-                result: Any = import_hf(ours.hf, ours.out, dtype, flags)
+                result: Any = import_hf(ours.hf, ours.out, dtype, flags, with_bridge=ours.bridge is not None)
             elif ours.command == "verify":
                 result = verify(ours.hf, ours.megatron, ours.prompts, dtype, flags)
+            elif ours.bridge:
+                result = export_with_bridge(ours.megatron, ours.hf, ours.out, dtype, flags)
             else:
                 build_parser().parse_args(flags)  # a layout makes no difference, a misspelt flag is a mistake
                 result = export_hf(ours.megatron, ours.hf, ours.out, dtype) if first else {}

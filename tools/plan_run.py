@@ -86,6 +86,7 @@ MODELS = {
     "qwen2.5-32b": Architecture(64, 5120, 27648, 40, 8, 128, 152064, extra_per_layer=7168),
     "qwen2.5-7b": Architecture(28, 3584, 18944, 28, 4, 128, 152064, extra_per_layer=4608),
     "qwen3-32b": Architecture(64, 5120, 25600, 64, 8, 128, 151936, extra_per_layer=256),
+    "qwen3-4b": Architecture(36, 2560, 9728, 32, 8, 128, 151936, tied=True, extra_per_layer=256),
     "qwen3-8b": Architecture(36, 4096, 12288, 32, 8, 128, 151936, extra_per_layer=256),
 }
 PRESET_MODELS = {"fipo-32b": "qwen2.5-32b", "dapo": "qwen2.5-32b", "fipo-7b": "qwen2.5-7b"}

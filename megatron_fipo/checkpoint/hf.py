@@ -39,7 +39,9 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_dir: str | Path)
 
 
 @torch.no_grad()
-def export_hf_weights(model_chunks: Sequence[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+def export_hf_weights(
+    model_chunks: Sequence[torch.nn.Module], vocab_size: int, own_stage: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The whole model's weights under their HF names, in the parameters' dtype and on their device.
 
     Collective: every rank must iterate to the end, and every rank gets every tensor. A parameter goes from the pipeline
@@ -49,15 +51,18 @@ def export_hf_weights(model_chunks: Sequence[torch.nn.Module], vocab_size: int) 
     Args:
         model_chunks: this rank's chunks (one per virtual pipeline stage), wrapped or not.
         vocab_size: rows of the embedding to keep; the rest is Megatron's padding.
+        own_stage: only the weights that this rank's pipeline stage holds; collective over the ranks of the stage then.
     """
     weight_map = weight_map_of(model_chunks, vocab_size)
     parameters = global_parameters(model_chunks)
-    stages = _Stages(parameters)
+    stages = None if own_stage else _Stages(parameters)
     for names in _stream(weight_map):
         mine = names[parallel_state.get_expert_model_parallel_rank() if len(names) > 1 else 0]
+        if own_stage and mine not in parameters:
+            continue
         rules = [weight_map.rule(name) for name in names]
         group = _shard_group(mine) if len(names) == 1 else parallel_state.get_expert_tensor_and_model_parallel_group()
-        shards = [stages.broadcast(mine)]
+        shards = [stages.broadcast(mine) if stages else parameters[mine].detach()]
         if group.size() > 1 and rules[0].tp_axis is not None:
             own = shards[0].contiguous()
             shards = [torch.empty_like(own) for _ in range(group.size())]

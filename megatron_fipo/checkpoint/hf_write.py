@@ -1,7 +1,6 @@
 """Writes Hugging Face folders from a stream of tensors, without holding more than one of them."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from megatron_fipo.checkpoint.hf import export_hf_weights, hf_layout
 from megatron_fipo.checkpoint.hf_files import DTYPES, HFTensor, HFWeights
+from megatron_fipo.checkpoint.side_files import copy_side_files
 from megatron_fipo.model.hf_config import read_hf_config
 
 MAX_SHARD_BYTES = 4 * 2**30
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?")
 _CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 
 
@@ -79,29 +78,6 @@ def write_hf_folder(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def copy_side_files(
-    source: Path, folder: Path, dtype: torch.dtype | None = None, quantization: Mapping[str, Any] | None = None
-) -> None:
-    """Copy config, tokenizer, generation settings, chat template - all but weights - into a new folder.
-
-    Args:
-        dtype: written into config.json; None: the configuration stays as it is.
-        quantization: the quantization_config of config.json.
-    """
-    folder.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file() and not _WEIGHTS.fullmatch(file.name):
-            shutil.copy(file, folder)
-    config = json.loads((folder / "config.json").read_text())
-    changed: dict[str, Any] = {"quantization_config": dict(quantization)} if quantization else {}
-    named = config.get("dtype", config.get("torch_dtype"))
-    if dtype is not None and named != str(dtype).removeprefix("torch."):
-        changed["dtype"] = str(dtype).removeprefix("torch.")
-        config.pop("torch_dtype", None)
-    if changed:
-        (folder / "config.json").write_text(json.dumps(config | changed, indent=2) + "\n")
 
 
 def read_ahead(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

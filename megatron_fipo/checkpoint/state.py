@@ -1,8 +1,8 @@
 """Training state on disk: Megatron's torch_dist checkpoint plus the small state of the RL loop.
 
 A checkpoint is written as ``partial-*/iter_0000010/``: Megatron's files (weights, optimizer, schedule, RNG), the loop's
-``rl_state.json``, and last a manifest. The whole folder is then renamed to ``iter_0000010/``, so that a folder of that
-name was whole once; what has happened to it since, the manifest tells. See docs/checkpoints.md.
+``rl_state.json`` and leftovers, and last a manifest. The whole folder is then renamed to ``iter_0000010/``, so that a
+folder of that name was whole once; what has happened to it since, the manifest tells. See docs/checkpoints.md.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from megatron_fipo.checkpoint.integrity import (
 )
 from megatron_fipo.checkpoint.torch_dist import TRACKER
 from megatron_fipo.errors import UserError
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.leftovers import Leftovers
 
 _STATE_FILE = "rl_state.json"
 _PARTIAL = "partial"
@@ -43,13 +45,20 @@ class LoopState:
     """Where the RL loop stands after ``step`` finished steps.
 
     ``prompt_cursor`` prompts were handed out by the stream with the fingerprint ``prompts``; ``contrast_rate`` is the
-    last step's share of groups with contrast.
+    last step's share of groups with contrast; ``leftovers`` are the groups that it generated and did not need.
     """
 
     step: int = 0
     prompt_cursor: int = 0
     contrast_rate: float = 1.0
     prompts: str = ""
+    leftovers: Leftovers | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the samples."""
+        numbers = asdict(replace(self, leftovers=None))
+        del numbers["leftovers"]
+        return numbers
 
 
 class Checkpoints:
@@ -64,6 +73,7 @@ class Checkpoints:
         scheduler: Any,
         keep_last: int,
         warn: Callable[[str], None],
+        replicas: Replicas,
     ) -> None:
         """Collective.
 
@@ -72,7 +82,9 @@ class Checkpoints:
             args: Megatron's global arguments, which its loader and its writer read.
             keep_last: whole checkpoints that stay.
             warn: is told of every damaged checkpoint.
+            replicas: share out the leftovers.
         """
+        self._replicas = replicas
         self._folder, self._args, self._keep_last, self._warn = folder, args, keep_last, warn
         # A name of its own: a writer that outlived its killed run must not write into this run's files.
         self._partial = folder / f"{_PARTIAL}-{_gather(secrets.token_hex(4))[0]}"
@@ -126,7 +138,8 @@ class Checkpoints:
         step = self._newest_whole(folder)
         self._args.load, self._args.ckpt_step = str(folder), step
         checkpointing.load_checkpoint(self._model, self._optimizer, self._scheduler)
-        return LoopState(**json.loads((_folder_of(folder, step) / _STATE_FILE).read_text()))
+        path = _folder_of(folder, step)
+        return LoopState(**json.loads((path / _STATE_FILE).read_text()), leftovers=Leftovers.read(path, self._replicas))
 
     def load_weights(self, folder: Path) -> None:
         """Load the weights alone (``args.finetune``), of a run's newest whole checkpoint or of any of Megatron's."""
@@ -159,14 +172,20 @@ class Checkpoints:
             self._megatron(lambda: async_utils.maybe_finalize_async_save(blocking=blocking))
             if not async_utils.is_empty_async_queue():
                 return
-            self._together(lambda: write_durably(folder / _STATE_FILE, json.dumps(asdict(state))))
-            self._records = self._thread.submit(record_files, folder, dist.get_rank())
+            self._together(lambda: write_durably(folder / _STATE_FILE, json.dumps(state.numbers())))
+            self._records = self._thread.submit(self._complete, folder, state.leftovers)
         if not blocking and not all(_gather(self._records.done())):
             return
         tables = self._on_every_rank(self._records.result)
         records = {name: record for table in tables for name, record in table.items()}
         self._together(lambda: self._publish(folder, records))
         self._pending = self._records = None
+
+    def _complete(self, folder: Path, leftovers: Leftovers | None) -> dict[str, FileRecord]:
+        """Add this rank's leftovers to what Megatron has written, and describe all its files."""
+        if leftovers is not None:
+            leftovers.write(folder, self._replicas)
+        return record_files(folder, dist.get_rank())
 
     def _publish(self, folder: Path, records: dict[str, FileRecord]) -> None:
         """Make a written checkpoint whole and visible, then drop those that it makes superfluous."""

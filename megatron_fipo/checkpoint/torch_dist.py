@@ -6,15 +6,17 @@ Every rank's shard is a chunk with its offsets in that whole; chunks lie one aft
 """
 
 import io
+import mmap
 import pickle
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -73,7 +75,7 @@ class TorchDistWeights:
             if isinstance(entry, TensorStorageMetadata) and _PARAMETER.fullmatch(key)
         }
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        self._files: dict[str, io.BufferedReader] = {}
+        self._files: dict[str, tuple[io.BufferedReader, mmap.mmap]] = {}
         self._stacked = are_stacked(self._tensors)
         embedding = self._tensors.get(EMBEDDING)
         self._map = weight_map_of_config(hf_config_dir, embedding.size[0] if embedding else None)
@@ -95,7 +97,10 @@ class TorchDistWeights:
         """
         for name in self._map.names():
             rule = self._map.rule(name)
-            yield from zip(rule.hf_names, rule.split(self._read(name)), strict=True)
+            for hf_name, part in zip(rule.hf_names, rule.split(self._read(name)), strict=True):
+                yield hf_name, part.contiguous()  # here, so that whoever reads ahead takes this off the writer too
+            for _, mapped in self._files.values():
+                mapped.madvise(mmap.MADV_DONTNEED)  # as far as this process goes; who still reads maps them again
 
     def _key(self, name: str) -> tuple[str, tuple[int, ...]]:
         return stored_at(name, self._map, self._stacked)
@@ -154,17 +159,30 @@ class TorchDistWeights:
         path = self.folder / info.relative_path
         try:
             if info.relative_path not in self._files:
-                self._files[info.relative_path] = open(path, "rb")  # noqa: SIM115 (kept for the chunks that follow)
-            file = self._files[info.relative_path]
-            # Reads the tensor's bytes straight into its memory.
-            stored = _create_file_view(file, info.offset, info.length)
-            tensor = torch.load(cast(IO[bytes], stored), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                file = open(path, "rb")  # noqa: SIM115 (kept for the chunks that follow)
+                self._files[info.relative_path] = file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            file, mapped = self._files[info.relative_path]
+            tensor = _mapped_tensor(file, mapped, info.offset, info.length)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path} cannot be read at {key} ({reason}): copy the checkpoint again.") from error
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
             raise UserError(f"{path} holds no tensor of shape {tuple(chunk.sizes)} at {key}: copy it again.")
         return tensor
+
+
+def _mapped_tensor(file: io.BufferedReader, mapped: mmap.mmap, offset: int, length: int) -> Any:
+    """What torch.save wrote at ``offset``; a tensor's numbers are not read, they stay those of the mapped file."""
+    with FakeTensorMode():  # torch.load then leaves the numbers out and tells where they are
+        stored = cast(IO[bytes], _create_file_view(file, offset, length))
+        found = torch.load(stored, map_location="cpu", weights_only=True)
+    if not isinstance(found, Tensor):
+        return found
+    storage = found.untyped_storage()
+    assert storage._checkpoint_offset is not None, "torch.load sets it under FakeTensorMode"
+    start, count = offset + storage._checkpoint_offset, storage.nbytes() // found.dtype.itemsize
+    numbers = torch.frombuffer(mapped, dtype=found.dtype, count=count, offset=start)
+    return numbers.as_strided(found.shape, found.stride(), found.storage_offset())
 
 
 def are_stacked(keys: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The only place that patches Megatron: without CUDA, without TransformerEngine, and where checkpoints are unsafe."""
+"""The only place that patches Megatron: without CUDA or TransformerEngine, in its FP8 recipes, for safe checkpoints."""
 
 import functools
 import logging
@@ -15,7 +15,7 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CU
 
 def needed_patches() -> tuple[Patch, ...]:
     """The patches that this machine needs (imports Megatron); `install` applies them, `doctor` lists them."""
-    from megatron_fipo.compat import checkpoints, no_te
+    from megatron_fipo.compat import checkpoints, fp8_recipe, no_te
 
     patches: tuple[Patch, ...] = checkpoints.PATCHES
     if not torch.cuda.is_available():
@@ -24,6 +24,8 @@ def needed_patches() -> tuple[Patch, ...]:
         patches += no_cuda.PATCHES
     if no_te.is_needed():
         patches += no_te.PATCHES
+    if fp8_recipe.is_needed():
+        patches += fp8_recipe.PATCHES
     return patches
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from megatron_fipo.data.packing import PackedBatch, pack
 from megatron_fipo.data.planning import UpdatePlan
 from megatron_fipo.data.samples import Sample
-from megatron_fipo.loss import FipoConfig, loss_scale
+from megatron_fipo.loss import LossConfig, loss_scale
 from megatron_fipo.parallel.exchange import send_to_replicas
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.rollout import Rollout
 
 
 def make_micro_batches(
-    plan: Sequence[UpdatePlan], rollout: Rollout, advantage_S: Tensor, loss: FipoConfig, replicas: Replicas
+    plan: Sequence[UpdatePlan], rollout: Rollout, loss: LossConfig, replicas: Replicas
 ) -> list[list[PackedBatch]]:
     """Send every sample to the replica that the plan gives it to, and pack what arrives: [update][micro-batch].
 
@@ -35,9 +35,9 @@ def make_micro_batches(
             pack(
                 [samples[i] for i in mb],
                 mb,
-                advantage_S[list(mb)],
-                None if scale_S is None else scale_S[list(mb)],
-                update.alignment,
+                loss_scale_S=None if scale_S is None else scale_S[list(mb)],
+                alignment=update.alignment,
+                pack_alignment=update.pack_alignment,
             )
             .shard(context.rank(), context.size())
             .to(replicas.device)
@@ -48,7 +48,7 @@ def make_micro_batches(
 
 
 def loss_scale_of_samples(
-    plan: Sequence[UpdatePlan], tokens_S: Tensor, group_ids_S: Tensor, loss: FipoConfig
+    plan: Sequence[UpdatePlan], tokens_S: Tensor, group_ids_S: Tensor, loss: LossConfig
 ) -> Tensor:
     """The weight of each sample's loss sum within its update, fp32 [S].
 

@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from megatron_fipo.data.batches import loss_scale_of_samples
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.data.planning import UpdatePlan
-from megatron_fipo.loss import CorrectionConfig, FipoConfig, correction_metrics
+from megatron_fipo.loss import CorrectionConfig, LossConfig, correction_metrics
 from megatron_fipo.loss.correction import STATISTICS
-from megatron_fipo.ops.packed import sum_per_sequence
 from megatron_fipo.parallel.correction import context_parallel_correction
 from megatron_fipo.parallel.replicas import Replicas
-from megatron_fipo.parallel.zigzag import run_cu_seqlens
 from megatron_fipo.rollout.rollout import Rollout
 
 
@@ -23,7 +20,7 @@ def correct_updates(
     plan: Sequence[UpdatePlan],
     rollout: Rollout,
     config: CorrectionConfig,
-    loss: FipoConfig,
+    loss: LossConfig,
     replicas: Replicas,
 ) -> tuple[list[list[PackedBatch]], dict[str, float]]:
     """The batches with their ``token_weight_T``, and "correction/..." over all tokens; collective over all ranks.
@@ -48,7 +45,8 @@ def correct_updates(
             replicas.context,
         )
         statistics_K.add_(correction.statistics_K)
-        _add_tokens(kept_tokens_S, batch, batch.response_mask_T & (correction.token_weight_T != 0), replicas)
+        kept_T = batch.response_mask_T & (correction.token_weight_T != 0)
+        batch.add_to_samples(kept_tokens_S, kept_T, replicas.context.size())
         return replace(batch, token_weight_T=correction.token_weight_T)
 
     updates = [[corrected(batch) for batch in micro_batches] for micro_batches in updates]
@@ -56,18 +54,5 @@ def correct_updates(
     if config.drops and loss.resolved_normalization != "token":
         tokens_S = replicas.all_reduce_pieces(kept_tokens_S)
         scale_S = loss_scale_of_samples(plan, tokens_S, rollout.group_ids_S, loss).to(replicas.device)
-        updates = [
-            [replace(batch, loss_scale_S=scale_S[batch.sample_ids_S] * (batch.sample_ids_S >= 0)) for batch in update]
-            for update in updates
-        ]
+        updates = [[replace(batch, loss_scale_S=batch.of_samples(scale_S)) for batch in update] for update in updates]
     return updates, metrics
-
-
-def _add_tokens(tokens_S: Tensor, batch: PackedBatch, counted_T: Tensor, replicas: Replicas) -> None:
-    """Add this rank's counted tokens of each of the batch's samples."""
-    pieces = batch.cu_seqlens_padded_S1
-    if replicas.context.size() > 1:
-        pieces = run_cu_seqlens(pieces, replicas.context.size())
-    per_sequence = sum_per_sequence(counted_T, pieces).view(len(batch.sample_ids_S), -1).sum(1).long()
-    real_S = batch.sample_ids_S >= 0  # a dummy is no sample
-    tokens_S.index_add_(0, batch.sample_ids_S[real_S], per_sequence[real_S])

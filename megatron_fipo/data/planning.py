@@ -19,11 +19,13 @@ class UpdatePlan:
     """One optimizer update: ``micro_batches[replica]`` are the packs of that replica, equally many on each.
 
     They run from the costliest to the cheapest, so that a shortage of memory shows at once. Sequences are counted, and
-    have to be packed, with lengths that are multiples of ``alignment``.
+    have to be packed, with lengths that are multiples of ``alignment``, and packs are filled up to multiples of
+    ``pack_alignment``.
     """
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
     alignment: int = 1
+    pack_alignment: int = 1
 
 
 def plan_step(
@@ -35,14 +37,16 @@ def plan_step(
     cost: CostModel,
     pipeline_stages: int = 1,
     alignment: int = 1,
+    pack_alignment: int = 1,
     micro_batch_multiple: int = 1,
 ) -> list[UpdatePlan]:
     """Cut the samples, in order, into updates, and spread each update over replicas and micro-batches.
 
     ``lengths_S`` are packed lengths in tokens; each is rounded up to a multiple of ``alignment``, as the packs will be
-    (see :func:`megatron_fipo.settings.sequence_alignment`). A micro-batch holds at most ``max_tokens``; a longer
-    sequence gets one of its own. ``micro_batch_multiple`` divides a replica's number of micro-batches (an interleaved
-    pipeline wants its number of stages).
+    (see :func:`megatron_fipo.settings.sequence_alignment`). A micro-batch holds at most ``max_tokens``, the positions
+    that fill it up to a multiple of ``pack_alignment`` included; a longer sequence gets one of its own.
+    ``micro_batch_multiple`` divides a replica's number of micro-batches (an interleaved pipeline wants its number of
+    stages).
 
     The plan keeps the slowest replica short, whose m micro-batches of cost c take ``sum(c) + (pipeline_stages - 1) *
     max(c)`` (m equal ones: (m + pipeline_stages - 1) * c), so both the replicas and the packs of one replica are level.
@@ -60,8 +64,8 @@ def plan_step(
         quadratic=cost.quadratic,
         replicas=replicas,
         pipeline_stages=pipeline_stages,
-        max_tokens=max_tokens,
+        max_tokens=max(max_tokens // pack_alignment, 1) * pack_alignment,
         alignment=alignment,
         micro_batch_multiple=micro_batch_multiple,
     )
-    return [UpdatePlan(micro_batches, alignment) for micro_batches in packs]
+    return [UpdatePlan(micro_batches, alignment, pack_alignment) for micro_batches in packs]

@@ -16,7 +16,8 @@ from megatron_fipo.parallel.exchange import gather_in_turn
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.answers import Answers
 from megatron_fipo.rewards.response import Verdict
-from megatron_fipo.rollout.engine import ProgressCallback, RolloutEngine, SamplingParams
+from megatron_fipo.rollout.engine import Completion, ProgressCallback, SamplingParams
+from megatron_fipo.rollout.responder import Responds
 from megatron_fipo.rollout.seeds import completion_seed
 
 
@@ -47,7 +48,7 @@ _COLUMNS = 5  # correct, tokens, truncated, failed, majority (of the prompt)
 
 
 def evaluate_sets(
-    engine: RolloutEngine,
+    responder: Responds,
     sets: Sequence[EvaluationSet],
     sampling: SamplingParams,
     answers: Answers,
@@ -68,10 +69,10 @@ def evaluate_sets(
             def advance(n: int, bar: Any = progress) -> None:
                 bar.advance(n * replicas.size)
 
-            sampled, records = _evaluate(engine, evaluation_set, sampling, answers, replicas, seed, advance)
+            sampled, records = _evaluate(responder, evaluation_set, sampling, answers, replicas, seed, advance)
             greedy_set = replace(evaluation_set, samples=1)
             greedy, _ = _evaluate(
-                engine, greedy_set, replace(sampling, temperature=0.0), answers, replicas, seed, advance
+                responder, greedy_set, replace(sampling, temperature=0.0), answers, replicas, seed, advance
             )
         evaluation.metrics.update({prefix + key: value for key, value in sampled.items()})
         evaluation.metrics[f"{prefix}greedy_accuracy"] = greedy["accuracy"]
@@ -80,11 +81,11 @@ def evaluate_sets(
 
 
 def _judge(
-    answers: Answers, responses: Sequence[tuple[Prompt, Sequence[int]]], samples: int
+    answers: Answers, responses: Sequence[tuple[Prompt, Completion]], samples: int
 ) -> tuple[list[Verdict], list[str | None], list[float]]:
     """Of each response the verdict and the final answer; of each prompt whether most of its ``samples`` are right."""
     verdicts = answers.verify(responses)
-    finals = [answers.final_answer(prompt, tokens) for prompt, tokens in responses]
+    finals = [answers.final_answer(prompt, completion.tokens) for prompt, completion in responses]
     groups = [slice(start, start + samples) for start in range(0, len(responses), samples)]
     majorities = consensus(
         [finals[group] for group in groups],
@@ -95,7 +96,7 @@ def _judge(
 
 
 def _evaluate(
-    engine: RolloutEngine,
+    responder: Responds,
     evaluation_set: EvaluationSet,
     sampling: SamplingParams,
     answers: Answers,
@@ -106,13 +107,13 @@ def _evaluate(
     count, samples = len(evaluation_set.prompts), evaluation_set.samples
     mine = list(enumerate(evaluation_set.prompts))[replicas.rank :: replicas.size]
     requests = [(number, prompt, k) for number, prompt in mine for k in range(samples)]
-    completions = engine.generate(
-        [prompt.tokens for _, prompt, _ in requests],
+    completions = responder.respond(
+        [prompt for _, prompt, _ in requests],
         [completion_seed(seed, evaluation_set.name, number, k) for number, _, k in requests],
         sampling,
         on_finished,
     )
-    responses = [(prompt, c.tokens) for (_, prompt, _), c in zip(requests, completions, strict=True)]
+    responses = [(prompt, completion) for (_, prompt, _), completion in zip(requests, completions, strict=True)]
     verdicts, finals, majorities = replicas.from_leader(lambda: _judge(answers, responses, samples))
     rows = torch.zeros(math.ceil(count / replicas.size), samples, _COLUMNS, dtype=torch.float64)
     for i, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True)):

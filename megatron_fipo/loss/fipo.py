@@ -20,46 +20,25 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.loss.config import FipoConfig
+from megatron_fipo.loss.inputs import check_sequence_values, check_token_tensors
 from megatron_fipo.loss.metrics import (
     MAX_FUTURE_KL,
     MAX_LOG_RATIO,
-    LossStatistics,
     RatioTerms,
     exact_ratio_quantiles,
     token_statistics,
 )
-from megatron_fipo.loss.normalization import loss_scale
+from megatron_fipo.loss.output import LossOutput, sum_of_losses
 from megatron_fipo.ops.fused_loss import fused_fipo_loss
 from megatron_fipo.ops.packed import check_cu_seqlens, check_offsets, sum_per_sequence
 from megatron_fipo.ops.reference import reference_discounted_scan
 
-BACKENDS = ("compiled", "torch")
 
+@dataclass(frozen=True, kw_only=True)
+class FipoOutput(LossOutput):
+    """weights_T: f, [T], no gradient; outside the response that of F = 0."""
 
-@dataclass(frozen=True)
-class FipoOutput:
-    """loss = loss_sum / denominator, differentiable in logp like loss_sum; scalars fp32 (fp64 for an fp64 logp).
-
-    With normalization "token" the denominator is the number of kept response tokens: over micro-batches and ranks, add
-    up both and divide once. With "group" and "sequence" the sum is already scaled and the denominator is 1.
-    denominator: fp64. weights_T: f, [T], no gradient; outside the response that of F = 0. The rest is what the
-    statistics are made from; normalizer is this call's additive share of the whole mini-batch's denominator.
-    """
-
-    loss: Tensor
-    loss_sum: Tensor
-    denominator: Tensor
     weights_T: Tensor
-    token_statistics_K: Tensor
-    ratios: RatioTerms
-    normalizer: Tensor
-
-    @cached_property
-    def statistics(self) -> LossStatistics:
-        """Mergeable over micro-batches and ranks."""
-        return LossStatistics.of(
-            self.token_statistics_K, self.ratios, loss_sum=self.loss_sum.detach(), normalizer=self.normalizer
-        )
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -101,12 +80,9 @@ def fipo_loss(
     check_cu_seqlens(cu_seqlens_S1)
     if backend == "torch":
         check_offsets(cu_seqlens_S1, num_tokens)
-    if advantage.shape not in ((num_sequences,), (num_tokens,)):
-        raise ValueError(f"advantage must have shape [{num_sequences}] or [{num_tokens}], not {list(advantage.shape)}")
-
-    for name, values_S in (("carry_S", carry_S), ("beyond_c_S", beyond_c_S), ("loss_scale_S", loss_scale_S)):
-        if values_S is not None and values_S.shape != (num_sequences,):
-            raise ValueError(f"{name} must have shape [{num_sequences}], not {list(values_S.shape)}")
+    check_sequence_values(
+        num_sequences, num_tokens, advantage, carry_S=carry_S, beyond_c_S=beyond_c_S, loss_scale_S=loss_scale_S
+    )
 
     if logp_T.device.type == "cpu" and logp_T.dtype == torch.bfloat16:  # only the CUDA kernels read it as it is
         logp_T, old_logp_T = logp_T.float(), old_logp_T.float()
@@ -119,25 +95,17 @@ def fipo_loss(
     carry_S = None if carry_S is None else carry_S.detach().double()
     token_losses = compiled_token_losses if backend == "compiled" else torch_token_losses
     losses = token_losses(logp_T, ratios, token_weight_T, carry_S, config)
-    loss_S, tokens_S = losses.loss_S, losses.tokens_S
+    tokens_S = losses.tokens_S
     if token_weight_T is not None:  # what the correction drops counts nowhere; in the future KL it stays
         tokens_S = sum_per_sequence(ratios.mask_T & (token_weight_T != 0), cu_seqlens_S1).long()
     beyond_c_S = losses.beyond_c_S if beyond_c_S is None else beyond_c_S
 
     # sequence filter: a response with several tokens beyond c has drifted away as a whole
     kept_S = beyond_c_S <= 1 if config.filters_sequences else torch.ones_like(beyond_c_S, dtype=torch.bool)
-    per_token = config.resolved_normalization == "token"
-    if loss_scale_S is None:
-        loss_scale_S = loss_scale(config.resolved_normalization, tokens_S, group_ids_S)
-    loss_scale_S = loss_scale_S.double()
-    loss_sum = torch.where(kept_S, loss_S * loss_scale_S, 0.0).sum().to(dtype)
-
-    # the share of the mini-batch in this call: kept tokens, or the part of 1 that its tokens hold
-    counted_S = torch.where(kept_S, tokens_S, 0) if per_token else tokens_S
-    normalizer = (counted_S * loss_scale_S).sum()
-    denominator = normalizer if per_token else torch.ones_like(normalizer)
-    loss = loss_sum / torch.where(denominator > 0, denominator, 1.0).to(loss_sum.dtype)
-    return FipoOutput(loss, loss_sum, denominator, losses.weight_T, losses.statistics_K, ratios, normalizer)
+    total = sum_of_losses(
+        losses.loss_S, tokens_S, kept_S, config.resolved_normalization, loss_scale_S, group_ids_S, dtype
+    )
+    return FipoOutput(**vars(total), token_statistics_K=losses.statistics_K, ratios=ratios, weights_T=losses.weight_T)
 
 
 def influence_weight(future_kl_T: Tensor, ratio_T: Tensor, advantage_T: Tensor, config: FipoConfig) -> Tensor:
@@ -210,22 +178,3 @@ def compiled_token_losses(
         paper=config.is_paper,
     )
     return TokenLosses(fused.loss_S, fused.counts_S2[:, 0], fused.counts_S2[:, 1], fused.weight_T, fused.statistics_K)
-
-
-def check_token_tensors(
-    logp_T: Tensor, old_logp_T: Tensor, response_mask_T: Tensor, token_weight_T: Tensor | None, backend: str
-) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    allowed = (torch.float32, torch.bfloat16) if backend == "compiled" else (torch.float32, torch.float64)
-    if logp_T.dim() != 1 or logp_T.dtype not in allowed:
-        names = " or ".join(str(dtype) for dtype in allowed)
-        raise ValueError(f"logp_T must be {names} of shape [T], not {logp_T.dtype} {list(logp_T.shape)}")
-    if old_logp_T.dtype != logp_T.dtype:
-        raise ValueError(f"old_logp_T must have logp_T's dtype {logp_T.dtype}, not {old_logp_T.dtype}")
-    if response_mask_T.dtype != torch.bool:
-        raise ValueError(f"response_mask_T must be bool, not {response_mask_T.dtype}")
-    like_logp = {"old_logp_T": old_logp_T, "response_mask_T": response_mask_T, "token_weight_T": token_weight_T}
-    for name, tensor in like_logp.items():
-        if tensor is not None and tensor.shape != logp_T.shape:
-            raise ValueError(f"{name} must have logp_T's shape {list(logp_T.shape)}, not {list(tensor.shape)}")

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_fipo.loss.config import FipoConfig
+from megatron_fipo.loss.config import FipoConfig, LossConfig
 from megatron_fipo.ops.fused_loss import EXTREMA
 from megatron_fipo.ops.fused_loss import SUMS as TOKEN_SUMS
 from megatron_fipo.ops.packed import expand_to_tokens
@@ -23,8 +23,8 @@ HISTOGRAM_BINS = 8191  # odd: d = 0 is the centre of the middle bin
 _HALF = HISTOGRAM_BINS // 2
 _BIN_WIDTH = math.asinh(20.0 / HISTOGRAM_SCALE) / _HALF
 
-# what the token pass sums, then what the loss knows beside it
-SUMS = (*TOKEN_SUMS, "normalizer", "loss")
+# what the token pass sums, then what the loss knows beside it; the advantages are summed over response tokens
+SUMS = (*TOKEN_SUMS, "normalizer", "loss", "reference_kl", "advantage", "weighted_advantage")
 _SIGNS = ("negative", "positive")
 
 QUANTILES = {
@@ -97,12 +97,26 @@ class LossStatistics:
 
     @classmethod
     def of(
-        cls, token_statistics_K: Tensor, ratios: RatioTerms, *, loss_sum: Tensor, normalizer: Tensor
+        cls,
+        token_statistics_K: Tensor,
+        ratios: RatioTerms,
+        weight_T: Tensor | None,
+        *,
+        loss_sum: Tensor,
+        normalizer: Tensor,
+        reference_kl: Tensor | None = None,
     ) -> "LossStatistics":
-        """From the statistics of a token pass; loss_sum / normalizer is the loss, both add up over the parts."""
+        """From the statistics of a token pass and its f [T] (None: 1); loss_sum / normalizer is the loss, both add up.
+
+        reference_kl: the sum over response tokens of the KL estimates, if there are any.
+        """
         sums, minima, maxima = token_statistics_K.split([len(TOKEN_SUMS), len(EXTREMA), len(EXTREMA)])
+        reference_kl = torch.zeros_like(normalizer) if reference_kl is None else reference_kl
+        advantage_T = ratios.advantage_T.double()
+        weighted_T = advantage_T if weight_T is None else advantage_T * weight_T
+        beside = (normalizer, loss_sum, reference_kl, advantage_T.sum(), weighted_T.sum())
         return cls(
-            sums=torch.cat([sums, torch.stack([normalizer.double(), loss_sum.double()])]),
+            sums=torch.cat([sums, torch.stack([value.double() for value in beside])]),
             minima=minima.clone(),
             maxima=maxima.clone(),
             histograms=_histograms(
@@ -153,6 +167,27 @@ class LossStatistics:
         }
         return {f"actor/{name}": value for name, value in values.items()} | {
             "fipo/active_fraction": sums["active"] / tokens
+        }
+
+    def metrics_of(self, config: LossConfig) -> dict[str, float]:
+        """`metrics` without those that say nothing about this loss, and with the KL to the reference model."""
+        values = self.metrics() | self.mean_advantage()
+        if config.influence is None:
+            values = {name: value for name, value in values.items() if not _is_about_influence(name)}
+        if not config.clips_twice:
+            del values["actor/pg_clipfrac_lower"]
+        if config.kl_weight:
+            sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+            values["actor/reference_kl"] = sums["reference_kl"] / max(sums["tokens"], 1.0)
+        return values
+
+    def mean_advantage(self) -> dict[str, float]:
+        """Of a response token, which weighs responses by their length; A alone, and A f."""
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        tokens = max(sums["tokens"], 1.0)
+        return {
+            "advantage/length_weighted_mean": sums["advantage"] / tokens,
+            "advantage/length_weighted_mean_with_f": sums["weighted_advantage"] / tokens,
         }
 
     def _histogram_quantiles(self) -> dict[str, float]:
@@ -251,6 +286,10 @@ def _histograms(d_T: Tensor, negative_T: Tensor, positive_T: Tensor) -> Tensor:
     slot_T = torch.where(negative_T, bin_T, torch.where(positive_T, bin_T + HISTOGRAM_BINS, 2 * HISTOGRAM_BINS))
     counts = torch.zeros(2 * HISTOGRAM_BINS + 1, dtype=torch.int64, device=d_T.device)
     return counts.scatter_add_(0, slot_T, torch.ones_like(slot_T))[:-1].view(2, HISTOGRAM_BINS)
+
+
+def _is_about_influence(name: str) -> bool:
+    return name.startswith("fipo/") or "influence_weights" in name or "IW_" in name or name.endswith("_with_f")
 
 
 def _or_zero(value: float) -> float:

@@ -70,19 +70,7 @@ class TorchAttention(MegatronModule):
         assert attention_bias is None
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
-        if query.size(0) > 1:
-            assert attention_mask is None and query.size(0) == key.size(0), "only whole causal sequences"
-            return self._causal(q, k, v).permute(2, 0, 1, 3).flatten(2)
-        # One query for each sequence: the heads of a group become its queries, which reads each key once.
-        q = q.view(q.size(0), k.size(1), -1, q.size(3))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.softmax_scale)
-        return out.reshape(1, query.size(1), -1)
-
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [b, heads, s, d], k and v [b, groups, s, d] -> [b, heads, s, d]."""
-        grouped = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        return unpacked_attention(query, key, value, attention_mask, self.softmax_scale)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         assert isinstance(params, PackedBoundaries), "packs come from packed_log_probs"
@@ -105,13 +93,30 @@ class TorchAttention(MegatronModule):
         q = group.padded(query, group.query_source, group.query_target, group.query_length)
         k, v = (group.padded(x, group.key_source, group.key_target, group.key_length) for x in (key, value))
         if group.mask is None:
-            out = self._causal(q, k, v)
+            out = _causal(q, k, v, self.softmax_scale)
         else:
             grouped = q.size(1) != k.size(1)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=group.mask, scale=self.softmax_scale, enable_gqa=grouped
             )
         return out.transpose(1, 2).flatten(0, 1).index_select(0, group.query_target)
+
+
+def unpacked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of whole causal sequences, or of one position each; arguments and result as in TorchAttention."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, d]
+    if query.size(0) > 1:
+        assert mask is None and query.size(0) == key.size(0), "only whole causal sequences"
+        return _causal(q, k, v, scale).permute(2, 0, 1, 3).flatten(2)
+    # One query for each sequence: the heads of a group become its queries, which reads each key once.
+    q = q.view(q.size(0), k.size(1), -1, q.size(3))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(1, query.size(1), -1)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [b, heads, s, d], k and v [b, groups, s, d] -> [b, heads, s, d]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 class CachedSelfAttention(SelfAttention):

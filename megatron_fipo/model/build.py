@@ -14,13 +14,17 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
+from megatron_fipo.compat import te_cpu
+from megatron_fipo.compat.fp8_recipe import OVERRIDE
 from megatron_fipo.model.attention import CachedSelfAttention, TorchAttention, TorchRMSNorm
+from megatron_fipo.model.fp8_training import BACKWARD
 from megatron_fipo.model.rotary import give_packed_angles
 
 
 def uses_transformer_engine(transformer_impl: str = "transformer_engine") -> bool:
-    """True if the model is built from TransformerEngine's modules: wanted, installed, and a GPU is there."""
-    return transformer_impl == "transformer_engine" and HAVE_TE and torch.cuda.is_available()
+    """True if the model is built from TransformerEngine's modules: wanted, there, and on a GPU (or its stand-in)."""
+    on_device = torch.cuda.is_available() or te_cpu.is_installed()
+    return transformer_impl == "transformer_engine" and HAVE_TE and on_device
 
 
 def model_provider(args: argparse.Namespace) -> Callable[..., GPTModel]:
@@ -39,6 +43,8 @@ def model_provider(args: argparse.Namespace) -> Callable[..., GPTModel]:
         pg_collection: ProcessGroupCollection | None = None,
     ) -> GPTModel:
         config = config or core_transformer_config_from_args(args)
+        if args.fp8:
+            setattr(config, OVERRIDE, BACKWARD[args.fp8_backward])
         logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # "GPTModel IS DEPRECATED"
         model = GPTModel(
             config,
@@ -57,7 +63,9 @@ def model_provider(args: argparse.Namespace) -> Callable[..., GPTModel]:
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        if not transformer_engine:
+        if transformer_engine:
+            _save_like_local_layers(model)
+        if not config.apply_rope_fusion:
             give_packed_angles(model)
         return model
 
@@ -70,7 +78,12 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None, transformer_eng
     Experts run in TransformerEngine's grouped GEMM with --moe-grouped-gemm, else one after the other.
     """
     if transformer_engine:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        for layer in {id(layer): layer for layer in block.layer_specs}.values():
+            attention = layer.submodules.self_attention
+            attention.module = CachedSelfAttention
+            attention.submodules.core_attention = _attention_over_transformer_engine()
+        return block
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
@@ -86,3 +99,29 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None, transformer_eng
             # TransformerEngine's spec fuses this norm into a dense MLP only; checkpoints of both specs have its names.
             del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return block
+
+
+def _save_like_local_layers(model: GPTModel) -> None:
+    """Leave the state of TransformerEngine's norms out of checkpoints: it is empty, and the local layers have none."""
+    suffix = "layernorm._extra_state"
+
+    def save(module: torch.nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        state.pop(f"{prefix}_extra_state", None)
+
+    def load(module: torch.nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(suffix)]
+
+    for name, module in model.named_modules():
+        if name.endswith("layernorm"):
+            module.register_state_dict_post_hook(save)
+    model.register_load_state_dict_post_hook(load)
+
+
+def _attention_over_transformer_engine() -> type[torch.nn.Module]:
+    """TransformerEngine's kernels for packs; on a CPU it has none."""
+    if not torch.cuda.is_available():
+        return TorchAttention
+    # Imported here: without TransformerEngine, Megatron's class has no usable base.
+    from megatron_fipo.model.te_attention import PackedAttention
+
+    return PackedAttention

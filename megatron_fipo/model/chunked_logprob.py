@@ -1,10 +1,11 @@
 """Log-probs of labels under softmax(hidden @ weight.T / temperature), whose logits exist one tile at a time.
 
 The forward pass walks over tiles of the logits and keeps three numbers for each row: the greatest logit so far, the sum
-of exponentials relative to it, and the label's logit. The backward pass computes the tiles again and multiplies their
-gradient, g (onehot - p) / temperature, with hidden states and weight at once. Tiles are cut along the vocabulary too,
-not only along the rows: with all rows in a tile its share of the weight's gradient is complete, where strips of rows
-would read and write the whole gradient for each strip.
+of exponentials relative to it, and the label's logit; for the entropy H a fourth, the sum of logits so weighted. The
+backward pass computes the tiles again and multiplies their gradient, g (onehot - p) / temperature of the log-prob and
+-h p (log p + H) / temperature of the entropy, with hidden states and weight at once. Tiles are cut along the vocabulary
+too, not only along the rows: with all rows in a tile its share of the weight's gradient is complete, where strips of
+rows would read and write the whole gradient for each strip.
 
 Under tensor parallelism each rank walks over its own shard of the vocabulary; two all-reduces of a few numbers for each
 row join the shards, as in Megatron's vocab-parallel cross entropy.
@@ -58,7 +59,7 @@ def log_probs_of_labels(
         tile_bytes: bound on the fp32 logits alive at once.
 
     Returns:
-        fp32 [R] log-probs, differentiable once; fp32 [R] entropies in nats, detached (None unless asked for).
+        fp32 [R] log-probs and entropies in nats (None unless asked for), differentiable once.
     """
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     rows, first = hidden_RH.size(0), rank * weight_VH.size(0)
@@ -114,7 +115,6 @@ def _from_whole_logits(
     logp_R = logp_RV.gather(1, labels_R[:, None])[:, 0]
     if not with_entropy:
         return logp_R, None
-    logp_RV = logp_RV.detach()
     return logp_R, -(logp_RV.exp() * logp_RV).sum(1)
 
 
@@ -175,26 +175,33 @@ class _TiledLogProb(torch.autograd.Function):
             dist.all_reduce(sums, group=head.group)
             total_R, weighted_R, label_R = sums
         ctx.head = head
-        ctx.save_for_backward(hidden_RH, weight_VH, labels_R, maximum_R, total_R)
+        ctx.set_materialize_grads(False)
         log_total_R = total_R.log()
         logp_R = label_R - maximum_R - log_total_R
-        if not with_entropy:
-            return logp_R, None
-        entropy_R = log_total_R - weighted_R / total_R
-        ctx.mark_non_differentiable(entropy_R)
-        return logp_R, entropy_R
+        mean_R = weighted_R / total_R if with_entropy else None  # of the logits, relative to the greatest
+        ctx.save_for_backward(hidden_RH, weight_VH, labels_R, maximum_R, total_R, mean_R)
+        return logp_R, None if mean_R is None else log_total_R - mean_R
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_R: Tensor, _grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_RH, weight_VH, labels_R, maximum_R, total_R = ctx.saved_tensors
+    def backward(ctx: Any, grad_R: Tensor | None, grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_RH, weight_VH, labels_R, maximum_R, total_R, mean_R = ctx.saved_tensors
         head: _Head = ctx.head
+        grad_R = torch.zeros_like(total_R) if grad_R is None else grad_R
         operand_RH = hidden_RH.to(_operand_dtype(hidden_RH))
         grad_hidden_RH = torch.zeros_like(hidden_RH, dtype=torch.float32)
         grad_weight_VH = weight_VH.main_grad if head.add_to_main_grad else torch.zeros_like(weight_VH)
-        # The gradient of a tile is scale * (exp - total * onehot), with exp relative to the greatest logit.
-        scale_R1 = (-head.inverse_temperature * grad_R / total_R)[:, None]
+        # With z the logits and exp their exponentials, both relative to the greatest, a tile's gradient is
+        #     scale * (exp * slope - label), label = g total onehot, slope = g + h (z - mean)    scale = -1 / (T total)
+        # for upstream gradients g of the log-prob and h of the entropy, as log p + H = z - mean. Without h, g is taken
+        # into the scale.
+        scale_R, label_R = -head.inverse_temperature / total_R, total_R
+        if grad_entropy_R is None:
+            scale_R = scale_R * grad_R
+        else:
+            label_R = grad_R * total_R
         buffer = head.buffer(torch.float32, hidden_RH.device)
+        exp_buffer = buffer if grad_entropy_R is None else head.buffer(torch.float32, hidden_RH.device)
         grad_buffer = buffer if operand_RH.dtype == torch.float32 else head.buffer(operand_RH.dtype, hidden_RH.device)
         for columns in head.columns:
             weight_CH = weight_VH[columns].to(operand_RH.dtype)
@@ -202,10 +209,16 @@ class _TiledLogProb(torch.autograd.Function):
             in_fp32 = grad_weight_CH.dtype == torch.float32
             sum_CH = grad_weight_CH if in_fp32 else torch.zeros_like(grad_weight_CH, dtype=torch.float32)
             for rows in head.rows:
-                tile_RC = head.logits(operand_RH[rows], weight_CH, buffer).sub_(maximum_R[rows, None]).exp_()
+                tile_RC = head.logits(operand_RH[rows], weight_CH, buffer).sub_(maximum_R[rows, None])
+                exp_RC = torch.exp(tile_RC, out=_shaped(exp_buffer, *tile_RC.shape))
+                if grad_entropy_R is not None:
+                    slope_RC = (
+                        tile_RC.sub_(mean_R[rows, None]).mul_(grad_entropy_R[rows, None]).add_(grad_R[rows, None])
+                    )
+                    exp_RC.mul_(slope_RC)
                 position_R1, inside_R = _locate(labels_R[rows], columns)
-                tile_RC.scatter_add_(1, position_R1, -total_R[rows].where(inside_R, 0.0)[:, None])
-                grad_RC = torch.mul(tile_RC, scale_R1[rows], out=_shaped(grad_buffer, *tile_RC.shape))
+                exp_RC.scatter_add_(1, position_R1, -label_R[rows].where(inside_R, 0.0)[:, None])
+                grad_RC = torch.mul(exp_RC, scale_R[rows, None], out=_shaped(grad_buffer, *tile_RC.shape))
                 _matmul(grad_RC, weight_CH, out=grad_hidden_RH[rows])
                 _matmul(grad_RC.t(), operand_RH[rows], out=sum_CH)
             if not in_fp32:

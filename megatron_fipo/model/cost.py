@@ -24,11 +24,16 @@ class CostModel:
     vocab_size: int
 
     @property
+    def logits(self) -> float:
+        """Operations of one token's logits."""
+        return float(2 * self.hidden_size * self.vocab_size)
+
+    @property
     def linear(self) -> float:
         """Operations per token: projections, MLP, logits."""
         attention = 2 * self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
         mlp = 2 * self.hidden_size * self.ffn_hidden_size * 3
-        return float(self.layers * (attention + mlp) + 2 * self.hidden_size * self.vocab_size)
+        return float(self.layers * (attention + mlp)) + self.logits
 
     @property
     def quadratic(self) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.attention import CachedSelfAttention
+from megatron_fipo.model.fp8_training import row_multiple
 from megatron_fipo.model.kv_cache import KVCache
 
 
@@ -27,6 +28,8 @@ class GenerationModel:
         context_group: the context-parallel group.
         device: where tokens and caches live.
         dtype: of the weights.
+        row_multiple: what the number of positions in a pass (rows times length) has to be a multiple of: FP8 layers
+            generate in FP8, so that samples come from the policy as it is trained.
     """
 
     def __init__(self, model_chunks: Sequence[torch.nn.Module], vocab_size: int) -> None:
@@ -36,22 +39,18 @@ class GenerationModel:
             vocab_size: real vocabulary; logits of the padded rows behind it are cut off.
 
         Raises:
-            UserError: the model is built from TransformerEngine's modules, whose attention has no such cache, or its
-                experts are spread in a way that ranks with different rows cannot use.
+            UserError: the model's experts are spread in a way that ranks with different rows cannot use.
         """
         self._chunks: list[Any] = [unwrap_model(chunk) for chunk in model_chunks]
         self._vocab_size = vocab_size
         layers = [layer for chunk in self._chunks for layer in chunk.decoder.layers]
-        if not all(isinstance(layer.self_attention, CachedSelfAttention) for layer in layers):
-            raise UserError(
-                "--rollout-engine embedded generates with Megatron's local layers, but the model is built from "
-                "TransformerEngine's: pass --transformer-impl local."
-            )
+        assert all(isinstance(layer.self_attention, CachedSelfAttention) for layer in layers), "not model_provider's"
         self._config = self._chunks[0].config
         groups = self._chunks[0].pg_collection
         self.context_group: dist.ProcessGroup = groups.cp
         self.device = next(p.device for chunk in self._chunks for p in chunk.parameters())
         self.dtype: torch.dtype = self._config.params_dtype
+        self.row_multiple = row_multiple(self._config.fp8_recipe) if self._config.fp8 else 1
         self._pipeline: dist.ProcessGroup = groups.pp
         self._experts: dist.ProcessGroup | None = groups.tp_ep if self._config.num_moe_experts else None
         if self._experts is not None:
@@ -71,6 +70,7 @@ class GenerationModel:
         try:
             for chunk in self._chunks:
                 chunk.eval()
+                chunk.set_is_first_microbatch()  # the FP8 weights kept since the last forward pass are older than these
             for holder, name in switched:
                 setattr(holder, name, False)
             yield

@@ -39,7 +39,7 @@ def packed_log_probs(
     Returns:
         logp_T fp32 [T], differentiable, 0 outside `batch.response_mask_T`: no loss reads those, and the output layer,
         a large part of a model's arithmetic, does not run for them. With `with_entropy` (logp_T, entropy_T),
-        entropy_T fp32 [T] in nats, detached, 0 at the same positions.
+        entropy_T fp32 [T] in nats, differentiable, 0 at the same positions.
         On a pipeline stage that is not the last: the stage's hidden states, with and without `with_entropy`.
     """
     boundaries = tuple(batch.cu_seqlens_padded_S1.tolist())  # the only wait for the device

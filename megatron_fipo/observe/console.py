@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from megatron_fipo.observe.overview import Number
 from megatron_fipo.observe.statistics import wilson_interval
 
 
@@ -114,21 +115,28 @@ class Console:
             parts.append(f"length {get('length_mean'):,.1f}")
         self._print(Text(f"  {name}: {', '.join(parts)}, {n:,} problems", style="cyan"))
 
-    def finish(self, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], report_path: Path | str) -> None:
-        """Accuracy before and after, sampled answers, and where the report lies; `summary` as in summary.json."""
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        numbers: Sequence[Number],
+        samples: Sequence[Mapping[str, Any]],
+        report_path: Path | str,
+    ) -> None:
+        """Accuracy before and after, the run's numbers, its alarms, sampled answers, and where the report lies;
+        `summary` as in summary.json."""
         self._print(Text())
         for label, key in (("sampled", "accuracy"), ("greedy", "greedy")):
             before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
             if before is not None and after is not None:
                 change = f"{100 * (after - before):+.1f} points"
-                line = f"accuracy, {label:<8} {_percent(before)} -> {_percent(after)}"
+                line = f"accuracy, {label:<13} {_percent(before)} -> {_percent(after)}"
                 self._print(Text.assemble((line, "bold"), f"  ({change})"))
-        if summary.get("active_fraction_mean") is not None:
-            self._print(
-                Text(f"active fraction    {_percent(summary['active_fraction_mean'])} of response tokens, f != 1")
-            )
+        for label, value, note in numbers:
+            self._print(Text.assemble(f"{label:<23} {value:<17} ", (note, "dim")))
         if summary.get("train_seconds") is not None:
-            self._print(Text(f"training           {summary.get('steps')} steps in {summary['train_seconds']:,.1f} s"))
+            self._print(Text(f"{'training':<23} {summary.get('steps')} steps in {summary['train_seconds']:,.1f} s"))
+        for alarm in summary.get("alarms", ()):
+            self.note(f"alarm at step {alarm['step']}: {alarm['text']}")
         if samples:
             self._print(Text())
         for sample in samples:

@@ -126,6 +126,17 @@ PAGE: tuple[Callable[[Sequence[RunData]], Chart], ...] = (
     _accuracy,
     Curves("Reward", "mean over all generated samples", {"reward/mean": "reward"}, from_zero=False),
     _length,
+    Curves(
+        "Accuracy by length",
+        "of generated samples, by quarters of response length",
+        {
+            "accuracy/length_q1": "shortest",
+            "accuracy/length_q2": "second",
+            "accuracy/length_q3": "third",
+            "accuracy/length_q4": "longest",
+        },
+        "%",
+    ),
     Curves("Truncated responses", "cut at the length limit", {"response/truncated_fraction": "truncated"}, "%"),
     Curves("Entropy", "of the policy, nats per response token", {"actor/entropy": "entropy"}),
     Curves("Policy KL", "mean of log π_old − log π over the updates", {"actor/ppo_kl": "KL"}, from_zero=False),
@@ -155,7 +166,22 @@ PAGE: tuple[Callable[[Sequence[RunData]], Chart], ...] = (
     ),
     Curves("Gradient norm", "before clipping", {"actor/grad_norm": "gradient norm"}),
     Curves("Learning rate", "", {"actor/lr": "learning rate"}),
-    Curves("Engine against trainer", "KL between their log-probs of the sampled tokens", {"mismatch/kl": "KL"}),
+    Curves(
+        "Advantage",
+        "mean over response tokens",
+        {"advantage/length_weighted_mean": "A", "advantage/length_weighted_mean_with_f": "A f"},
+        from_zero=False,
+    ),
+    Curves(
+        "Engine against trainer",
+        "difference of their log-probs of the sampled tokens",
+        {"mismatch/rms": "rms", "mismatch/p99": "99 %", "fipo/noise_budget": "noise budget"},
+    ),
+    Curves(
+        "Staleness",
+        "versions since the weights that drew a token",
+        {"rollout/staleness_mean": "mean", "rollout/staleness_max": "oldest"},
+    ),
     Curves(
         "Groups",
         "kept: with right and wrong answers",
@@ -167,5 +193,12 @@ PAGE: tuple[Callable[[Sequence[RunData]], Chart], ...] = (
         {"perf/response_tokens_per_second": "response tokens", "perf/total_tokens_per_second": "all tokens"},
         "/s",
     ),
+    Curves(
+        "Operations",
+        "model TFLOP/s per rank",
+        {"perf/train_tflops_per_rank": "training", "perf/tflops_per_rank": "whole step"},
+    ),
+    Curves("Packing", "tokens as a share of the room in micro-batches", {"perf/packing_efficiency": "filled"}, "%"),
+    Curves("Memory", "peak of the fullest rank", {"perf/peak_memory_gb": "memory"}, "GB"),
     _phase_times,
 )

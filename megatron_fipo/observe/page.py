@@ -6,8 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.observe import svg
+from megatron_fipo.observe import svg, token_page
+from megatron_fipo.observe.alarms import onsets
 from megatron_fipo.observe.curves import COLORS, charts
+from megatron_fipo.observe.overview import overview
 from megatron_fipo.observe.page_style import CSS
 from megatron_fipo.observe.run_data import RunData, headline
 
@@ -49,11 +51,17 @@ MAIN_ARGUMENTS = (
 def render_page(runs: Sequence[RunData]) -> str:
     """The whole page for one run, or a comparison for several."""
     title = runs[0].name if len(runs) == 1 else "Comparison of runs"
-    body = [f"<h1>{escape(title)}</h1>", _subtitle(runs), *(_warning(run) for run in runs)]
-    body.append(_tiles(headline(runs[0])) if len(runs) == 1 else _comparison(runs))
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        _subtitle(runs),
+        *(_warning(run) for run in runs),
+        *(_alarms(run) for run in runs),
+    ]
+    body.append(_tiles(runs[0]) if len(runs) == 1 else _comparison(runs))
     body.append(f'<h2>Curves</h2><div class="charts">{"".join(_figure(chart) for chart in charts(runs))}</div>')
     if len(runs) == 1:
-        body += [_answers(runs[0]), _arguments(runs[0].arguments), _environment(runs[0].environment)]
+        body += [_answers(runs[0]), token_page.token_weights(runs[0])]
+        body += [_arguments(runs[0].arguments), _environment(runs[0].environment)]
     else:
         body.append(_argument_differences(runs))
     # The policy makes the browser itself enforce that the page fetches nothing and runs nothing.
@@ -62,7 +70,7 @@ def render_page(runs: Sequence[RunData]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} - FIPO report</title><style>{CSS}</style></head><body>"
+        f"<title>{escape(title)} - FIPO report</title><style>{CSS}{token_page.CSS}</style></head><body>"
         f"{''.join(body)}</body></html>\n"
     )
 
@@ -95,8 +103,13 @@ def _warning(run: RunData) -> str:
     return f'<div class="warning note">{escape(run.name)}: {"; ".join(parts)}.</div>' if parts else ""
 
 
-def _tiles(top: Mapping[str, Any]) -> str:
-    tiles = []
+def _alarms(run: RunData) -> str:
+    lines = "".join(f"<div>step {alarm['step']}: {escape(alarm['text'])}</div>" for alarm in onsets(run.rows))
+    return f'<div class="warning"><b>{escape(run.name)}: alarms</b>{lines}</div>' if lines else ""
+
+
+def _tiles(run: RunData) -> str:
+    top, tiles = headline(run), []
     for label, kind in (("sampled", "accuracy"), ("greedy", "greedy")):
         before, after = top[f"{kind}_before"], top[f"{kind}_after"]
         if before is None:
@@ -105,17 +118,14 @@ def _tiles(top: Mapping[str, Any]) -> str:
         if after is None:
             tiles.append((where, _percent(before["value"]), f"95 % CI {_interval(before)}, n = {before['n']:,}"))
         else:
-            value = f"{100 * before['value']:.1f} <i>→</i> {_percent(after['value'])}"
+            value = f"{100 * before['value']:.1f} → {_percent(after['value'])}"
             note = f"95 % CI {_interval(before)} → {_interval(after)}, n = {after['n']:,}"
             tiles.append((where, value, note))
-    if top["active_fraction_mean"] is not None:
-        tiles.append(("Active fraction", _percent(top["active_fraction_mean"]), "of response tokens had f ≠ 1"))
-    if top["response_tokens_per_second"] is not None:
-        rate = svg.format_value(top["response_tokens_per_second"])
-        tiles.append(("Response tokens/s", rate, "median over steps"))
+    tiles += [(label[0].upper() + label[1:], value, note) for label, value, note in overview(run)]
     tiles.append(("Steps", f"{top['steps']:,}", f"in {_duration(top['train_seconds'])}"))
     cells = (
-        f'<div class="tile"><div class="label">{escape(label)}</div><div class="value">{value}</div>'
+        f'<div class="tile"><div class="label">{escape(label)}</div>'
+        f'<div class="value">{escape(value).replace("→", "<i>→</i>")}</div>'
         f'<div class="note">{escape(note)}</div></div>'
         for label, value, note in tiles
     )
@@ -123,21 +133,25 @@ def _tiles(top: Mapping[str, Any]) -> str:
 
 
 def _comparison(runs: Sequence[RunData]) -> str:
-    titles = ("accuracy before", "after", "greedy before", "after", "active", "tokens/s", "steps", "time", "seed")
+    titles = ["accuracy before", "after", "greedy before", "after", "length", "active", "tokens/s"]
+    titles += ["steps", "time", "seed", "alarms"]
     head = "<th>run</th>" + "".join(f'<th class="number">{title}</th>' for title in titles)
     rows = []
     for i, run in enumerate(runs):
         top = headline(run)
         accuracies = (top[key] for key in ("accuracy_before", "accuracy_after", "greedy_before", "greedy_after"))
         cells = [_accuracy_cell(accuracy) for accuracy in accuracies]
+        lengths = run.values("response/length_mean")
+        cells.append(svg.format_value(lengths[-1]) if lengths else "")
         active, rate = top["active_fraction_mean"], top["response_tokens_per_second"]
         cells.append("" if active is None else _percent(active))
         cells.append("" if rate is None else svg.format_value(rate))
         cells += [f"{top['steps']:,}", _duration(top["train_seconds"]), "" if top["seed"] is None else f"{top['seed']}"]
+        cells.append(", ".join(dict.fromkeys(alarm["kind"] for alarm in onsets(run.rows))))
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         rows.append(f"<tr><td>{_key(i % COLORS)}{escape(run.name)}</td>{numbers}</tr>")
-    note = '<p class="note">Accuracies with their 95 % intervals.</p>'
-    return f'<div class="scroll tiles"><table><tr>{head}</tr>{"".join(rows)}</table></div>{note}'
+    note = '<p class="note">Accuracies with their 95 % intervals; the length is the last step&#39;s mean.</p>'
+    return f'<div class="scroll comparison"><table><tr>{head}</tr>{"".join(rows)}</table></div>{note}'
 
 
 def _accuracy_cell(accuracy: Mapping[str, float] | None) -> str:

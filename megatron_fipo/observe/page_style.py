@@ -1,5 +1,7 @@
 """The report's style sheet, light and dark."""
 
+from megatron_fipo.observe.curves import COLORS
+
 CSS = """
 :root { color-scheme: light dark;
   --page: #fcfcfb; --ink: #1d1f22; --soft: #63676d; --hair: #e6e5e1; --axis: #b9b8b3; --good: #2a7d4f; --bad: #b23b3b;
@@ -18,9 +20,10 @@ h2 { font-size: 17px; font-weight: 600; margin: 52px 0 14px; padding-top: 14px; 
 .soft, .note { color: var(--soft); }
 .note { font-size: 13px; }
 .warning { border-left: 3px solid var(--c1); padding: 2px 12px; margin: 18px 0 0; }
-.tiles { display: flex; flex-wrap: wrap; gap: 24px 34px; margin: 30px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 24px 30px; }
+.tiles, .comparison { margin: 30px 0 0; }
 .tile .label { color: var(--soft); font-size: 13px; }
-.tile .value { font-size: 25px; font-weight: 600; letter-spacing: -.015em; white-space: nowrap; line-height: 1.35; }
+.tile .value { font-size: 22px; font-weight: 600; letter-spacing: -.015em; white-space: nowrap; line-height: 1.35; }
 .tile .value i { color: var(--soft); font-style: normal; font-weight: 400; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 34px 40px; }
 figure { margin: 0; min-width: 0; }
@@ -46,5 +49,7 @@ td.name { white-space: nowrap; color: var(--soft); width: 1%; padding-right: 28p
 code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .right { color: var(--good); } .wrong { color: var(--bad); } .right, .wrong { white-space: nowrap; font-size: 13px; }
+.response { margin: 18px 0 0; } .response i { color: var(--soft); }
+.shade { display: inline-block; width: 14px; height: 12px; }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--soft); }
-"""
+""" + "\n".join(f".dot{i} {{ fill: var(--c{i}); }}" for i in range(COLORS))

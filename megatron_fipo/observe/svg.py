@@ -7,8 +7,8 @@ from html import escape
 
 WIDTH, HEIGHT = 520, 224
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 24  # margins around the plot area
-MAX_POINTS = 600  # of a drawn line; more would not be seen
-MAX_HOVER = 150  # strips with a tooltip
+MAX_POINTS = 360  # of a drawn line, 452 pixels wide; half as many of four, a third of six or more
+MAX_HOVER = 76  # strips with a tooltip, of about 6 pixels
 MAX_MARKERS = 60  # of a line; beyond it its markers and intervals would run together and are left out
 
 Values = Sequence[float | None]  # None: no value there, the line has a gap
@@ -89,7 +89,8 @@ def draw(chart: Chart) -> str:
     plot = _Plot(xs, ys, chart.from_zero)
     parts = [_axes(plot, chart)]
     parts += [_band(plot, band) for band in chart.bands]
-    parts += [_line(plot, line) for line in chart.lines]
+    points = MAX_POINTS * 2 // min(6, max(2, len(chart.lines)))
+    parts += [_line(plot, line, points) for line in chart.lines]
     parts += [_hover(plot, chart, x, width) for x, width in plot.hover_strips(xs)]
     label = escape(f"{chart.title} over {chart.x_title}")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
@@ -140,9 +141,9 @@ def _axes(plot: _Plot, chart: Chart) -> str:
     return "".join(parts)
 
 
-def _line(plot: _Plot, line: Line) -> str:
+def _line(plot: _Plot, line: Line, max_points: int) -> str:
     style = f'class="line" style="stroke:var(--c{line.color})"'
-    paths = (_path(plot, x, y) for x, y in _segments(line.x, line.y))
+    paths = (_path(plot, x, y) for x, y in _segments(line.x, line.y, max_points))
     parts = [f'<path {style} d="{"L".join(points)}"/>' for points in paths]
     if len(line.x) > MAX_MARKERS:
         return "".join(parts)
@@ -161,7 +162,7 @@ def _band(plot: _Plot, band: Band) -> str:
     complete = [None if None in pair else pair[1] for pair in zip(band.low, band.high, strict=True)]
     low_at = dict(zip(band.x, band.low, strict=True))
     parts = []
-    for x, high in _segments(band.x, complete):
+    for x, high in _segments(band.x, complete, MAX_POINTS):
         if len(x) == 1:  # a single step has no width: draw it as a short bar
             left = plot.x(x[0]) - 6
             top, bottom = plot.y(high[0]), plot.y(low_at[x[0]] or 0.0)
@@ -195,7 +196,7 @@ def _hover(plot: _Plot, chart: Chart, x: float, width: float) -> str:
 
 
 def _dot(plot: _Plot, x: float, y: float, color: int) -> str:
-    return f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="3" style="fill:var(--c{color})"/>'
+    return f'<circle class="dot{color}" cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="3"/>'
 
 
 def _path(plot: _Plot, x: Sequence[float], y: Sequence[float]) -> list[str]:
@@ -203,7 +204,7 @@ def _path(plot: _Plot, x: Sequence[float], y: Sequence[float]) -> list[str]:
     return [f"M{points[0]}", *points[1:]]
 
 
-def _segments(x: Sequence[float], y: Values) -> list[tuple[list[float], list[float]]]:
+def _segments(x: Sequence[float], y: Values, max_points: int) -> list[tuple[list[float], list[float]]]:
     """Runs of points without a gap, thinned to what a screen can show."""
     runs: list[tuple[list[float], list[float]]] = [([], [])]
     for a, b in zip(x, y, strict=True):
@@ -212,14 +213,14 @@ def _segments(x: Sequence[float], y: Values) -> list[tuple[list[float], list[flo
         else:
             runs[-1][0].append(a)
             runs[-1][1].append(b)
-    return [_thin(*run) for run in runs if run[0]]
+    return [_thin(*run, max_points) for run in runs if run[0]]
 
 
-def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+def _thin(x: list[float], y: list[float], max_points: int) -> tuple[list[float], list[float]]:
     """Keep the lowest and the highest point of each bucket: spikes, the thing to look for, stay."""
-    if len(x) <= MAX_POINTS:
+    if len(x) <= max_points:
         return x, y
-    size = math.ceil(2 * len(x) / MAX_POINTS)
+    size = math.ceil(2 * len(x) / max_points)
     keep = {0, len(x) - 1}
     for start in range(0, len(x), size):
         bucket = range(start, min(start + size, len(x)))

@@ -10,6 +10,7 @@ from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rewards.response import Response, Verdict
 from megatron_fipo.rewards.verify import RULES, answer_of, rule_of
+from megatron_fipo.rollout.engine import Completion
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Answers:
         """The response as its verifier sees it: special tokens kept (tags may be among them), the stop token cut."""
         return self.tokenizer.decode(tokens[: len(tokens) - self._stopped(tokens)], skip_special_tokens=False)
 
-    def verify(self, responses: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Verdict]:
-        """Judge (prompt, response tokens) pairs; neighbours with the same prompt form a group."""
+    def verify(self, responses: Sequence[tuple[Prompt, Completion]]) -> list[Verdict]:
+        """Judge (prompt, response) pairs; neighbours with the same prompt form a group."""
         groups: list[int] = []
         for i, (prompt, _) in enumerate(responses):
             same = i > 0 and prompt is responses[i - 1][0]
@@ -33,13 +34,13 @@ class Answers:
         texts = [
             Response(
                 prompt=self.text(prompt.tokens),
-                text=self.text(tokens),
+                text=self.text(completion.tokens),
                 answer=prompt.answer,
                 source=prompt.source,
                 metadata=prompt.metadata,
-                truncated=not self._stopped(tokens),
+                truncated=completion.finish_reason == "length",
             )
-            for prompt, tokens in responses
+            for prompt, completion in responses
         ]
         return self.pool.score(texts, groups)
 

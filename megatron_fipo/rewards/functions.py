@@ -53,6 +53,32 @@ def parse_terms(specs: Sequence[str]) -> tuple[Term, ...]:
     return tuple(terms) or (Term(SOURCE),)
 
 
+def import_function(flag: str, name: str) -> Callable[..., Any]:
+    """Import the ``package.module:name`` that a user gave with ``flag``. Raises UserError."""
+    module_name, _, attribute = name.partition(":")
+    if not (module_name and attribute):
+        raise UserError(f"{flag} {name!r} is not package.module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a user's module raises as it is imported
+        raise UserError(
+            f"{flag} {name}: importing {module_name} fails ({type(error).__name__}: {error}); "
+            f"mend it, or start where Python finds it"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"{flag} {name}: {module_name} has no function {attribute!r}; check the name")
+    return function
+
+
+def required_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Those that a call must give by position."""
+    return [
+        p for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RewardFunction:
     """A loaded function. ``batched``: it takes a list; ``together``: one call scores all responses to a prompt."""
@@ -68,21 +94,8 @@ class RewardFunction:
     @classmethod
     def load(cls, name: str) -> "RewardFunction":
         """Import ``package.module:name``. Raises UserError."""
-        module_name, attribute = name.split(":")
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # whatever a user's module raises as it is imported
-            raise UserError(
-                f"--reward-function {name}: importing {module_name} fails ({type(error).__name__}: {error}); "
-                f"mend it, or start where Python finds it"
-            ) from error
-        function = getattr(module, attribute, None)
-        if not callable(function):
-            raise UserError(f"--reward-function {name}: {module_name} has no function {attribute!r}; check the name")
-        parameters = [
-            p for p in inspect.signature(function).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-        ]  # fmt: skip
+        function = import_function("--reward-function", name)
+        parameters = required_parameters(function)
         if len(parameters) != 1:
             raise UserError(
                 f"--reward-function {name} takes {len(parameters)} arguments; let it take one: 'response', "

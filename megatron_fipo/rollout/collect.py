@@ -1,5 +1,6 @@
 """Dynamic sampling (DAPO): generate groups until enough of them hold right and wrong answers.
 
+Groups with contrast beyond those that a step needs are left over for the next one, which trains on them first.
 Each replica generates and keeps its own share; only one small row per sample crosses replicas, and from these rows
 every rank draws the same conclusions: which groups are kept, when to stop, what the step's statistics are.
 """
@@ -19,12 +20,14 @@ from megatron_fipo.loss.advantage import overlong_penalty
 from megatron_fipo.parallel.exchange import gather_in_turn
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rewards.response import Verdict
-from megatron_fipo.rollout.engine import Completion, Generates, SamplingParams
+from megatron_fipo.rollout.engine import Completion, SamplingParams
+from megatron_fipo.rollout.leftovers import Leftovers
+from megatron_fipo.rollout.responder import Responds
 from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout, has_contrast
 from megatron_fipo.rollout.seeds import completion_seed
 
-Verify = Callable[[Sequence[tuple[Prompt, Sequence[int]]]], list[Verdict]]
-"""A verdict for each (prompt, response tokens)."""
+Verify = Callable[[Sequence[tuple[Prompt, Completion]]], list[Verdict]]
+"""A verdict for each (prompt, response)."""
 
 _OVERSAMPLING = 3.0
 """A batch never exceeds this many times the groups still missing (DAPO's gen_batch_size / train_batch_size)."""
@@ -49,7 +52,7 @@ class CollectSettings:
 
 
 def collect(
-    engine: Generates,
+    responder: Responds,
     stream: PromptStream,
     verify: Verify,
     settings: CollectSettings,
@@ -58,32 +61,35 @@ def collect(
     version: int,
     contrast_rate: float,
     on_finished: Callable[[int], None],
+    leftovers: Leftovers | None = None,
 ) -> Rollout:
-    """Generate until ``settings.prompts_per_step`` groups are kept.
+    """Generate until ``settings.prompts_per_step`` groups are kept, the ``leftovers`` of the step before first.
 
     ``version`` labels the weights that generate. ``contrast_rate`` is the share of groups expected to be kept (the last
     step's); it sizes the first batch so that one is usually enough. Raises OutOfContrast after
     ``settings.max_batches`` batches that did not bring enough.
     """
     needed = settings.prompts_per_step
-    own: dict[int, list[Sample]] = {}
-    tables: list[Tensor] = []
-    kept: list[int] = []
-    first_visit = stream.cursor
+    carried = leftovers or Leftovers.none(settings.group_size, len(GeneratedSamples.COLUMNS))
+    carried = carried.first(needed - 1)  # every step generates, and trains on all it carries: nothing gets older
+    own, tables, visits = dict(carried.held), [carried.table], list(carried.visits)
+    kept = list(range(len(visits)))
     for batch in range(1, settings.max_batches + 1):
         count = groups_to_generate(needed - len(kept), contrast_rate, settings)
-        mine = stream.take(count)[replicas.rank :: replicas.size]
-        groups = _generate(engine, mine, verify, settings, replicas, version, on_finished)
+        taken = stream.take(count)
+        mine = taken[replicas.rank :: replicas.size]
+        groups = _generate(responder, mine, verify, settings, replicas, version, on_finished)
         own.update((visit, [sample for sample, _ in group]) for (visit, _), group in zip(mine, groups, strict=True))
         tables.append(_gathered(groups, count, settings.group_size, replicas))
+        visits += [visit for visit, _ in taken]
 
         table = torch.cat(tables)
         contrast = has_contrast(table)
         kept = (contrast.nonzero()[:, 0] if settings.dynamic_sampling else torch.arange(len(table))).tolist()[:needed]
-        contrast_rate = contrast.double().mean().item()
+        contrast_rate = contrast[len(carried.visits) :].double().mean().item()
         if len(kept) == needed:
-            return Rollout.of(table, kept, first_visit, own, batch)
-    accuracy = GeneratedSamples.of(table).correct.mean().item()
+            return Rollout.of(table, kept, visits, own, batch, len(carried.visits))
+    accuracy = GeneratedSamples.of(table[len(carried.visits) :]).correct.mean().item()
     raise OutOfContrast(
         f"only {len(kept)} of {needed} groups hold both right and wrong answers after {batch} generation batches "
         f"(accuracy {accuracy:.3f}); use prompts nearer to the model's level, raise --rollout-max-batches, or lower "
@@ -105,7 +111,7 @@ def _gathered(groups: list[list[tuple[Sample, bool]]], count: int, group_size: i
 
 
 def _generate(
-    engine: Generates,
+    responder: Responds,
     visits: list[tuple[int, Prompt]],
     verify: Verify,
     settings: CollectSettings,
@@ -115,15 +121,15 @@ def _generate(
 ) -> list[list[tuple[Sample, bool]]]:
     """One group of (sample, verifier failed) for each (visit, prompt)."""
     requests = [(visit, prompt, i) for visit, prompt in visits for i in range(settings.group_size)]
-    completions = engine.generate(
-        [prompt.tokens for _, prompt, _ in requests],
+    completions = responder.respond(
+        [prompt for _, prompt, _ in requests],
         [completion_seed(settings.seed, "train", visit, i) for visit, _, i in requests],
         settings.sampling,
         on_finished,
     )
     penalties = _overlong_penalties(completions, settings)
     # Judged once: a verifier that just meets or misses its timeout would tell the ranks of a replica different things.
-    answers = [(prompt, c.tokens) for (_, prompt, _), c in zip(requests, completions, strict=True)]
+    answers = [(prompt, completion) for (_, prompt, _), completion in zip(requests, completions, strict=True)]
     verdicts = replicas.from_leader(lambda: verify(answers))
     scored = [
         (_sample(visit, prompt, completion, verdict, penalty, version), verdict.error is not None)
@@ -146,11 +152,12 @@ def _sample(
     visit: int, prompt: Prompt, completion: Completion, verdict: Verdict, penalty: float, version: int
 ) -> Sample:
     n_prompt, n_response = len(prompt.tokens), len(completion.tokens)
+    generated = np.ones(n_response, bool) if completion.generated is None else np.array(completion.generated, bool)
     return Sample(
         prompt_id=prompt.id,
         group_id=visit,
         tokens=np.array(prompt.tokens + completion.tokens, dtype=np.int32),
-        response_mask=np.arange(n_prompt + n_response) >= n_prompt,
+        response_mask=np.concatenate([np.zeros(n_prompt, bool), generated]),
         rollout_logp=np.concatenate([np.zeros(n_prompt, np.float32), np.array(completion.logp, np.float32)]),
         finish_reason=completion.finish_reason,
         weight_versions=((version, 0, n_response),),

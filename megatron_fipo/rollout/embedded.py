@@ -93,6 +93,10 @@ class EmbeddedEngine:
     def wake(self) -> None:
         """Nothing to do."""
 
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
+
     def close(self) -> None:
         """Nothing to do."""
 
@@ -109,11 +113,10 @@ class EmbeddedEngine:
         None: given up.
         """
         alive = len(prompts)
-        if not alive:
-            prompts, seeds = [(self._pad_id,)], [0]
+        fillers = self._rows_for(alive) - alive  # rows that are finished from the start
+        prompts, seeds = prompts + [prompts[-1] if prompts else (self._pad_id,)] * fillers, seeds + [0] * fillers
         rows, logits_BV = self._prefill(prompts, seeds, sampling.max_tokens)
-        if not alive:
-            rows.finished_B[:] = True
+        rows.finished_B[alive:] = True
         device = self._model.device
         stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
         token_BN = torch.zeros(len(prompts), sampling.max_tokens, dtype=torch.int64, device=device)
@@ -134,7 +137,7 @@ class EmbeddedEngine:
                     alive = still_alive
                 if self._model.largest(alive) == 0:
                     break
-                kept = max(alive, 1)  # a row that has finished stands in where all have
+                kept = self._rows_for(alive)  # rows that have finished fill up
                 if kept <= (1 - COMPACT_SHARE) * len(token_B):
                     unfinished_first = rows.finished_B.int().argsort(stable=True)
                     rows.select(unfinished_first[:kept])
@@ -146,6 +149,11 @@ class EmbeddedEngine:
         logp_BN = self._model.from_last_stage(logp_BN[:, : n + 1].contiguous())
         return _completions(token_BN[:, : n + 1], logp_BN, stop_ids)[:count]
 
+    def _rows_for(self, alive: int) -> int:
+        """Rows of a batch in which `alive` ones generate."""
+        multiple = self._model.row_multiple
+        return max(math.ceil(alive / multiple), 1) * multiple
+
     def _prefill(
         self, prompts: list[tuple[int, ...]], seeds: list[int], max_tokens: int
     ) -> tuple["_Rows", Tensor | None]:
@@ -154,6 +162,7 @@ class EmbeddedEngine:
         distinct = list(dict.fromkeys(prompts))
         lengths = torch.tensor([len(p) for p in distinct], device=device)
         longest = max(len(p) for p in distinct)
+        longest += -longest % self._model.row_multiple
         padded = [list(p) + [self._pad_id] * (longest - len(p)) for p in distinct]
         cache = self._model.new_cache(longest + max_tokens)
         cache.start_prefill(longest)
@@ -164,7 +173,7 @@ class EmbeddedEngine:
         cache.select_rows(distinct_B)
         length_B = lengths[distinct_B]
         mask = None
-        if len(set(map(len, distinct))) > 1:
+        if any(len(prompt) != longest for prompt in distinct):
             slots = torch.arange(longest + max_tokens, device=device)
             gap = (slots >= length_B[:, None]) & (slots < longest)
             mask = torch.zeros(gap.shape, dtype=self._model.dtype, device=device)

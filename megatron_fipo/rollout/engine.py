@@ -26,32 +26,20 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated response.
+    """One response.
 
     ``tokens`` [n] response token ids, ``logp`` [n] their fp32 log-probs under the weights that drew them,
-    ``finish_reason`` "stop" (the last token is a stop token) or "length".
+    ``finish_reason`` "stop" (an engine's: the last token is a stop token) or "length".
+    ``generated`` [n] says which tokens were drawn by the weights (None: all); ``logp`` of the others is 0.
     """
 
     tokens: tuple[int, ...]
     logp: tuple[float, ...]
     finish_reason: str
+    generated: tuple[bool, ...] | None = None
 
 
-class Generates(Protocol):
-    """The part of an engine that a rollout is collected with."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: SamplingParams,
-        on_finished: ProgressCallback | None = None,
-    ) -> list[Completion]:
-        """As :meth:`RolloutEngine.generate`."""
-        ...
-
-
-class RolloutEngine(Generates, Protocol):
+class RolloutEngine(Protocol):
     """Generates completions with the policy's current weights.
 
     A completion depends on the weights, its prompt and its seed only, never on the rows that share its batch
@@ -88,6 +76,10 @@ class RolloutEngine(Generates, Protocol):
 
     def wake(self) -> None:
         """Undo :meth:`sleep`."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What else to record about a step, under the names of its metrics; the first rank's are recorded."""
         ...
 
     def close(self) -> None:

@@ -1,31 +1,33 @@
-"""A rollout engine that gives up when a signal asks the run to stop."""
+"""Responses that are given up when a signal asks the run to stop."""
 
 from collections.abc import Sequence
 
+from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.parallel.interruption import Interruption
-from megatron_fipo.rollout.engine import Completion, ProgressCallback, RolloutEngine, SamplingParams
+from megatron_fipo.rollout.engine import Completion, ProgressCallback, SamplingParams
+from megatron_fipo.rollout.responder import Responder
 
 
-class InterruptibleEngine:
-    """Generates with an engine, looking for signals while it does and afterwards.
+class InterruptibleResponder:
+    """Looks for signals while responses are made and afterwards.
 
     Ranks that generate in step stop together; replicas whose signal comes later, or not at all, finish their share.
     """
 
-    def __init__(self, engine: RolloutEngine, interruption: Interruption) -> None:
-        self._engine, self._interruption = engine, interruption
+    def __init__(self, responder: Responder, interruption: Interruption) -> None:
+        self._responder, self._interruption = responder, interruption
 
-    def generate(
+    def respond(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         seeds: Sequence[int],
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """As RolloutEngine. Collective over all ranks; raises Interrupted on all of them if any got a signal."""
-        completions = self._engine.generate(prompts, seeds, sampling, on_finished, self._interrupted_in_step)
+        """As Responds. Collective over all ranks; raises Interrupted on all of them if any got a signal."""
+        completions = self._responder.respond(prompts, seeds, sampling, on_finished, self._interrupted_in_step)
         self._interruption.check()
         return completions
 
     def _interrupted_in_step(self) -> bool:
-        return self._interruption.received(*self._engine.in_step)
+        return self._interruption.received(*self._responder.in_step)

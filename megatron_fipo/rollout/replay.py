@@ -6,21 +6,19 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from megatron_fipo.data.samples import Sample
 from megatron_fipo.errors import UserError
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.rollout import Rollout
-
-_FINISH_REASONS = ("stop", "length")
+from megatron_fipo.rollout.sample_files import load_samples, save_columns, save_samples
 
 
 def write_rollout(folder: str, step: int, rollout: Rollout, replicas: Replicas) -> None:
@@ -32,15 +30,16 @@ def write_rollout(folder: str, step: int, rollout: Rollout, replicas: Replicas) 
         partial.mkdir(parents=True)
     dist.barrier(replicas.group)
     if replicas.leads:
-        save_file(_columns(list(rollout.held.values())), partial / f"replica_{replicas.rank:05d}.safetensors")
+        save_samples(partial / f"replica_{replicas.rank:05d}.safetensors", list(rollout.held.values()))
     if replicas.leads and replicas.rank == 0:
         numbers = {
             "table": rollout.table.numpy(),
             "kept": np.array(rollout.kept, np.int64),
-            "first_visit": np.array(rollout.first_visit, np.int64),
+            "visits": np.array(rollout.visits, np.int64),
+            "carried": np.array(rollout.carried, np.int64),
             "batches": np.array(rollout.batches, np.int64),
         }
-        save_file(numbers, partial / "table.safetensors")
+        save_columns(partial / "table.safetensors", numbers)
     dist.barrier(replicas.group)
     if replicas.leads and replicas.rank == 0:
         os.replace(partial, target)
@@ -65,53 +64,19 @@ def read_rollout(folder: str, step: int, prompts: int, group_size: int, replicas
         )
     groups: dict[int, list[Sample]] = {}
     for path in sorted(source.glob("replica_*.safetensors")):
-        for sample in _samples(load_file(path)):
+        for sample in load_samples(path):
             if sample.group_id % replicas.size == replicas.rank:
                 groups.setdefault(sample.group_id, []).append(sample)
-    return Rollout.of(
+    rollout = Rollout.of(
         torch.from_numpy(numbers["table"]),
         numbers["kept"].tolist(),
-        int(numbers["first_visit"]),
+        numbers["visits"].tolist(),
         groups,
         int(numbers["batches"]),
+        int(numbers["carried"]),
     )
+    return replace(rollout, leftovers=None)  # the next step's folder has what it used of them
 
 
 def _folder_of(folder: str, step: int) -> Path:
     return Path(folder) / f"step_{step:07d}"
-
-
-def _columns(samples: list[Sample]) -> dict[str, np.ndarray]:
-    """Per-token columns [tokens of all samples], per-sample columns [samples], version ranges [ranges, 3]."""
-    versions = list(chain.from_iterable(s.weight_versions for s in samples))
-    return {
-        "tokens": np.concatenate([np.empty(0, np.int32), *(s.tokens for s in samples)]),
-        "response_mask": np.concatenate([np.empty(0, bool), *(s.response_mask for s in samples)]),
-        "rollout_logp": np.concatenate([np.empty(0, np.float32), *(s.rollout_logp for s in samples)]),
-        "length": np.array([len(s.tokens) for s in samples], np.int64),
-        "prompt_id": np.array([s.prompt_id for s in samples], np.int64),
-        "group_id": np.array([s.group_id for s in samples], np.int64),
-        "finish_reason": np.array([_FINISH_REASONS.index(s.finish_reason) for s in samples], np.int64),
-        "reward": np.array([s.reward for s in samples], np.float64),
-        "correct": np.array([s.correct for s in samples], bool),
-        "versions": np.array(versions, np.int64).reshape(-1, 3),
-        "version_count": np.array([len(s.weight_versions) for s in samples], np.int64),
-    }
-
-
-def _samples(columns: dict[str, np.ndarray]) -> Iterator[Sample]:
-    token_ends, version_ends = columns["length"].cumsum(), columns["version_count"].cumsum()
-    for i, (end, version_end) in enumerate(zip(token_ends, version_ends, strict=True)):
-        tokens = slice(end - columns["length"][i], end)
-        versions = columns["versions"][version_end - columns["version_count"][i] : version_end]
-        yield Sample(
-            prompt_id=int(columns["prompt_id"][i]),
-            group_id=int(columns["group_id"][i]),
-            tokens=columns["tokens"][tokens],
-            response_mask=columns["response_mask"][tokens],
-            rollout_logp=columns["rollout_logp"][tokens],
-            finish_reason=_FINISH_REASONS[columns["finish_reason"][i]],
-            weight_versions=tuple((int(v), int(a), int(b)) for v, a, b in versions),
-            reward=float(columns["reward"][i]),
-            correct=bool(columns["correct"][i]),
-        )

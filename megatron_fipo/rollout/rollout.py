@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.data.samples import Sample
+from megatron_fipo.rollout.leftovers import Leftovers
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +50,13 @@ class Rollout:
     response_tokens_S  int64, those in the loss
     reward_S           fp32
     group_ids_S        int64
-    table              fp64 [generated groups, group size, columns], every generated sample
+    table              fp64 [groups, group size, columns], every sample of the step: first those of the ``carried``
+                       groups, which the step before left over, then those that were generated
     kept               the table's groups that are trained on
-    first_visit        the visit number of the table's first group
+    visits             the visit number of each group of the table
+    carried            groups left over by the step before; all are kept, and their samples are the first ones
     batches            generation batches that it took
+    leftovers          what the next step starts with (None: nothing)
     """
 
     held: dict[int, Sample]
@@ -62,37 +66,47 @@ class Rollout:
     group_ids_S: Tensor
     table: Tensor
     kept: tuple[int, ...]
-    first_visit: int
+    visits: tuple[int, ...]
     batches: int
+    carried: int = 0
+    leftovers: Leftovers | None = None
 
     @classmethod
     def of(
         cls,
         table: Tensor,
         kept: Sequence[int],
-        first_visit: int,
+        visits: Sequence[int],
         groups: Mapping[int, Sequence[Sample]],
         batches: int,
+        carried: int = 0,
     ) -> "Rollout":
         """Number the samples of the ``kept`` groups; ``groups`` are this replica's, by visit."""
         size = table.shape[1]
         index = torch.tensor(kept)
         samples = GeneratedSamples.of(table[index])
-        return cls(
+        rollout = cls(
             held={
                 position * size + i: sample
                 for position, group in enumerate(kept)
-                for i, sample in enumerate(groups.get(first_visit + group, ()))
+                for i, sample in enumerate(groups.get(visits[group], ()))
             },
             packed_length_S=samples.tokens.long() - 1,
             response_tokens_S=samples.response_tokens.long(),
             reward_S=samples.reward.float(),
-            group_ids_S=(index + first_visit).repeat_interleave(size),
+            group_ids_S=torch.tensor(visits)[index].repeat_interleave(size),
             table=table,
             kept=tuple(kept),
-            first_visit=first_visit,
+            visits=tuple(visits),
             batches=batches,
+            carried=carried,
         )
+        spare = rollout.spare
+        if not spare:
+            return rollout
+        spare_visits = tuple(visits[group] for group in spare)
+        held = {visit: groups[visit] for visit in spare_visits if visit in groups}
+        return replace(rollout, leftovers=Leftovers(spare_visits, table[spare], held))
 
     def without_truncated(self) -> "Rollout":
         """DAPO's overlong filter: responses that ran into the length limit keep their reward and leave the loss."""
@@ -108,13 +122,28 @@ class Rollout:
 
     @property
     def generated(self) -> GeneratedSamples:
-        """Every sample that was generated, kept or not."""
-        return GeneratedSamples.of(self.table)
+        """Every sample that was generated in this step, kept or not."""
+        return GeneratedSamples.of(self.table[self.carried :])
+
+    @property
+    def spare(self) -> list[int]:
+        """The table's groups with contrast that are not trained on in this step but, if samples allow, in the next."""
+        return sorted(set(has_contrast(self.table).nonzero()[:, 0].tolist()) - set(self.kept))
+
+    @property
+    def stale_samples(self) -> int:
+        """So many of the samples, the first ones, were drawn by the weights of one step earlier."""
+        return self.carried * self.table.shape[1]
+
+    @property
+    def staleness(self) -> float:
+        """Steps between the weights that drew a sample and those it is first trained with, mean over the samples."""
+        return self.carried / len(self.kept)
 
     @property
     def contrast_rate(self) -> float:
         """Share of the generated groups that hold right and wrong answers."""
-        return has_contrast(self.table).double().mean().item()
+        return has_contrast(self.table[self.carried :]).double().mean().item()
 
 
 def has_contrast(table: Tensor) -> Tensor:

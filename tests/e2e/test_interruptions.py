@@ -24,7 +24,8 @@ STEPS = 10
 
 
 def flags(runs: Path, *more: object) -> tuple[object, ...]:
-    return ("--run-name", "run", "--num-steps", STEPS, "--save-interval", 2, "--save-hf", runs / "hf", *more)
+    saves = ("--save-interval", 2, "--keep-last", 5, "--save-hf", runs / "hf")
+    return ("--run-name", "run", "--num-steps", STEPS, *saves, *more)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,20 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(whole, trained_ba
     output = finished(train(2, tmp_path, trained_base, *flags(tmp_path, "--async-save")))
     assert "continuing" in output
     assert_equal(tmp_path, whole)
+
+
+def test_leftovers_reach_another_number_of_replicas(whole, trained_base, tmp_path):
+    """Continued by one rank where two had groups left over: the same groups, the same step."""
+    checkpoints = whole / "run" / "checkpoints"
+    held = [int(path.parent.name.removeprefix("iter_")) for path in checkpoints.glob("iter_*/leftovers.safetensors")]
+    step = max(step for step in held if step < STEPS)  # of an empty list: nothing was left over, nothing is shown
+    shutil.copytree(checkpoints / f"iter_{step:07d}", tmp_path / "from" / f"iter_{step:07d}")
+    load = ("--num-steps", step + 1, "--load", tmp_path / "from")
+    finished(train(1, tmp_path, trained_base, "--run-name", "one", *load))
+    (found,) = (row for row in rows(tmp_path / "one") if row["step"] == step + 1)
+    (expected,) = (row for row in rows(whole / "run") if row["step"] == step + 1)
+    for name in ("reward/accuracy", "rollout/generated_samples", "rollout/dropped_groups", "response/length_mean"):
+        assert found[name] == expected[name], name
+    for update, reference in zip(found["updates"], expected["updates"], strict=True):
+        for metric in ("actor/pg_loss", "actor/grad_norm", "fipo/active_fraction"):
+            assert update[metric] == pytest.approx(reference[metric], rel=1e-4, abs=1e-5), metric

@@ -100,6 +100,13 @@ def make_batch(case: Case, size: int) -> Batch:
     )
 
 
+class Alone:
+    """A group of this rank alone, as a loss sees it: nothing is sent."""
+
+    def size(self) -> int:
+        return 1
+
+
 class Collectives(TorchDispatchMode):
     """Every operator in order, and for each collective its name and the bytes that this rank sends."""
 
@@ -111,7 +118,8 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.operators.append(func.name())
         if func.namespace in ("c10d", "_c10d_functional"):
-            self.sent.append((func.name(), args[1].nbytes))
+            message = args[0][0] if isinstance(args[0], list) else args[1]  # all_reduce takes a list
+            self.sent.append((func.name(), message.nbytes))
         return func(*args, **(kwargs or {}))
 
 
@@ -182,7 +190,8 @@ def run_case(case: Case, group: dist.ProcessGroup, device: torch.device) -> dict
         return abs(totals[0].item() - reference.loss_sum.item())
 
     sums_error = dict(zip(SUMS, (statistics.sums - whole.statistics.sums).abs().tolist(), strict=True))
-    relative = [sums_error.pop(name) for name in ("log_ratio", "weight", "raw_weight", "normalizer", "loss")]
+    numbers = ("log_ratio", "weight", "raw_weight", "normalizer", "loss", "advantage", "weighted_advantage")
+    relative = [sums_error.pop(name) for name in numbers]
     # a weight may lie on the other side of its bound by a rounding
     near_edge = [sums_error.pop(name) for name in ("weight_at_high", "weight_at_low", "active")]
     extrema = [(statistics.minima, whole.statistics.minima), (statistics.maxima, whole.statistics.maxima)]

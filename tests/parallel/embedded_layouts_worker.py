@@ -19,10 +19,14 @@ from tiny_models import megatron_args
 
 from megatron_fipo import compat
 from megatron_fipo.checkpoint.hf import load_hf_weights
+from megatron_fipo.data.encoding import load_tokenizer
+from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
+from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.functions import FunctionResponder, RolloutFunction
 
 VOCAB, MAX_BATCH = 93, 4
 TP2, CP2, PP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "context", "pipeline-model"))
@@ -100,12 +104,26 @@ SAMPLINGS = {
 }
 
 
-def generate_all(engine: EmbeddedEngine, replica: int, replicas: int):
-    """One prompt on the last replica and none on the others; then what a replica generates of its share, both ways."""
+async def dialogue_of_turns(dialogue):
+    """A rollout function that goes on for a number of turns of its own, with different limits, on every prompt."""
+    turns = len(dialogue.prompt.tokens) % 4
+    for turn in range(turns + 1):
+        await dialogue.generate(max_tokens=1 + (turns + turn) % 3, stop=["w7"] if turn == 1 else [])
+        dialogue.insert(f"w{40 + turn}")
+
+
+def generate_all(engine: EmbeddedEngine, hf_dir: str, replica: int, replicas: int):
+    """One prompt on the last replica and none on the others; then what a replica generates of its share, both ways;
+    then with a rollout function, whose turns differ in number from replica to replica."""
     prompts, seeds = requests()
     few, mine = slice(0, 1 if replica == replicas - 1 else 0), slice(replica, None, replicas)
     done = {"one prompt": engine.generate(prompts[few], seeds[few], SAMPLINGS["sampled, stops"])}
-    return done | {name: engine.generate(prompts[mine], seeds[mine], how) for name, how in SAMPLINGS.items()}
+    done |= {name: engine.generate(prompts[mine], seeds[mine], how) for name, how in SAMPLINGS.items()}
+    function = RolloutFunction("dialogue_of_turns", dialogue_of_turns)
+    responder = FunctionResponder(function, engine, Replicas.current(), load_tokenizer(hf_dir), VOCAB)
+    asked = [Prompt(i, tuple(prompt), "", "") for i, prompt in enumerate(prompts)]
+    done["turns"] = responder.respond(asked[mine], seeds[mine], SAMPLINGS["sampled, stops"])
+    return done
 
 
 def check_layout(hf_dir: str, flags: str, expected):
@@ -118,16 +136,16 @@ def check_layout(hf_dir: str, flags: str, expected):
     with contextlib.suppress(ZeroDivisionError):
         engine.generate(*requests(), SAMPLINGS["greedy"], given_up=lambda: 1 // 0)
     assert before == [settings(module) for module in modules], "an error left the model's settings changed"
-    found = generate_all(engine, replica, replicas)
+    found = generate_all(engine, hf_dir, replica, replicas)
     for name, completions in found.items():
         wanted = expected[name]
-        if name in SAMPLINGS:
+        if name != "one prompt":
             wanted = wanted[replica::replicas]
         elif replica < replicas - 1:
             wanted = []
         assert len(completions) == len(wanted), name
         for a, b in zip(completions, wanted, strict=True):
-            assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason), (name, a, b)
+            assert (a.tokens, a.finish_reason, a.generated) == (b.tokens, b.finish_reason, b.generated), (name, a, b)
             torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-5, rtol=0)
     assert before == [settings(module) for module in modules], "generation changed the model's settings"
 
@@ -139,7 +157,7 @@ def settings(module: torch.nn.Module):
 
 
 def reference(hf_dir: str):
-    done = generate_all(EmbeddedEngine(build(hf_dir), VOCAB, 64, pad_id=0), 0, 1)
+    done = generate_all(EmbeddedEngine(build(hf_dir), VOCAB, 64, pad_id=0), hf_dir, 0, 1)
     stopped = done["sampled, stops"]
     assert {c.finish_reason for c in stopped} == {"stop", "length"} and len({len(c.tokens) for c in stopped}) > 3
     return done
@@ -159,13 +177,13 @@ def check_overlapped_gather(hf_dir: str):
         optimizer = get_megatron_optimizer(settings, [chunk])
         policy = Policy([chunk], optimizer, None, VOCAB, 1.0, 128, parallel_state.get_context_parallel_group())
         engine = EmbeddedEngine([chunk], VOCAB, MAX_BATCH, pad_id=0)
-        found.append(generate_all(engine, replica, replicas))
+        found.append(generate_all(engine, hf_dir, replica, replicas))
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
         assert optimizer.step()[0]
         policy.gather_weights()
-        found.append(generate_all(engine, replica, replicas))
+        found.append(generate_all(engine, hf_dir, replica, replicas))
         if overlap:
             chunk.disable_forward_pre_hook()
     before, after, before_overlapped, after_overlapped = found

@@ -8,18 +8,29 @@ import pytest
 import torch
 from context_parallel_cases import INF, Case, run_case
 
-from megatron_fipo.loss import CorrectionConfig, FipoConfig, fipo_loss, importance_correction
+from megatron_fipo.loss import (
+    CorrectionConfig,
+    FipoConfig,
+    LossConfig,
+    RatioConfig,
+    fipo_loss,
+    importance_correction,
+    loss_scale,
+)
+from megatron_fipo.loss.metrics import SUMS
 from megatron_fipo.ops import discounted_scan
+from megatron_fipo.ops.packed import sum_per_sequence
 from megatron_fipo.parallel import zigzag
 from megatron_fipo.parallel.carry import context_parallel_discounted_scan
 from megatron_fipo.parallel.correction import context_parallel_correction
-from megatron_fipo.parallel.loss import context_parallel_fipo_loss
+from megatron_fipo.parallel.loss import context_parallel_fipo_loss, context_parallel_loss
 
 SIZES = (2, 4, 8)
 MIXED = (1, 5, 100, 700, 3, 257)  # most chunks of the short ones are padding
 SENSITIVE = FipoConfig(weight_low=0.8, weight_high=1.2)  # weights on either side of 1
 UNBOUNDED = FipoConfig(semantics="paper", weight_low=0.0, weight_high=INF)  # f = exp(F): every error of F shows
 GATHER = "c10d::_allgather_base_"  # how torch names all_gather_into_tensor
+REDUCE = "c10d::allreduce_"
 HALF_LIVES = (32.0, 128.0, 2048.0, 1e9)
 
 CASES = [
@@ -153,6 +164,61 @@ def correction(group, device):
     return same, dropped
 
 
+OTHER_LOSSES = {
+    "gspo": LossConfig(RatioConfig("gspo", 0.003, 0.004, "sequence")),
+    "gspo by token": LossConfig(RatioConfig("gspo", 0.003, 0.004, "token"), kl_weight=0.3, kl_estimator="k2"),
+    "cispo": LossConfig(RatioConfig("cispo", 1.0, 0.05, "token"), entropy_weight=0.1),
+    "reinforce++": LossConfig(FipoConfig.clipped_ratio(0.1, 0.1, "token"), kl_weight=0.3),
+    "fipo with penalties": LossConfig(SENSITIVE, kl_weight=0.3, entropy_weight=0.1),
+}
+
+
+def other_losses(group, device):
+    """Errors of loss and gradient, relative to the largest, and of the statistics; what was sent; clipped tokens."""
+    size, rank = group.size(), group.rank()
+    batch = cases.make_batch(Case("other", MIXED, weighted=True, beyond=(0, 0, 2, 1)), size)
+    cu, tokens = batch.cu_seqlens_S1, batch.logp_T.shape[0]
+    index = zigzag.token_index(cu, tokens, rank, size)
+    generator = torch.Generator().manual_seed(7)
+    ref_T = torch.where(batch.mask_T, batch.old_logp_T - 0.3 * torch.randn(tokens, generator=generator), INF)
+    entropy_T = torch.where(batch.mask_T, torch.rand(tokens, generator=generator), INF)
+    per_token_T = torch.where(batch.mask_T, torch.randn(tokens, generator=generator), INF)
+    results = {}
+    for name, config in OTHER_LOSSES.items():
+        advantage = per_token_T if name in ("gspo by token", "reinforce++") else batch.advantage_S
+        scale_S = loss_scale(config.resolved_normalization, sum_per_sequence(batch.mask_T, cu), batch.group_ids_S)
+
+        def run(group, take, config=config, advantage=advantage, scale_S=scale_S):
+            leaf, entropy = take(batch.logp_T).requires_grad_(), take(entropy_T).requires_grad_()
+            out = context_parallel_loss(
+                leaf, take(batch.old_logp_T), advantage if advantage.shape == scale_S.shape else take(advantage),
+                take(batch.mask_T), cu, config, group, ref_logp_T=take(ref_T), entropy_T=entropy,
+                token_weight_T=take(batch.token_weight_T), loss_scale_S=scale_S,
+            )  # fmt: skip
+            out.loss_sum.backward()
+            return out, leaf.grad, torch.zeros_like(leaf) if entropy.grad is None else entropy.grad
+
+        whole, grad_T, entropy_grad_T = run(cases.Alone(), torch.clone)
+        with cases.Collectives() as collectives:
+            out, *grads = run(group, lambda values_T: values_T[index])
+        totals = torch.cat([out.loss_sum.detach().double()[None], out.denominator[None], out.statistics.sums])
+        torch.distributed.all_reduce(totals, group=group)
+        expected = torch.cat([whole.loss_sum.detach().double()[None], whole.denominator[None], whole.statistics.sums])
+        if config.resolved_normalization != "token":
+            expected[1] = size
+        largest, scale = grad_T.abs().max(), expected.abs().clamp(min=1)
+        scale[2 + SUMS.index("weighted_advantage")] = batch.mask_T.sum()  # its terms cancel, the rounding of f does not
+        results[name] = {
+            "grad": max(
+                (g - w[index]).abs().max() / largest for g, w in zip(grads, (grad_T, entropy_grad_T), strict=True)
+            ).item(),
+            "totals": ((totals - expected).abs() / scale).max().item(),
+            "sent": collectives.sent,
+            "clipped": whole.statistics.sums[SUMS.index("clipped")].item() / int(batch.mask_T.sum()),
+        }
+    return results, len(cu) - 1
+
+
 def mistakes(group, device):
     """Messages of what is refused, before any collective."""
     batch = cases.make_batch(Case("mistakes", (16, 32)), group.size())
@@ -160,7 +226,7 @@ def mistakes(group, device):
     good = {
         "logp_T": batch.logp_T[index],
         "old_logp_T": batch.old_logp_T[index],
-        "advantage_S": batch.advantage_S,
+        "advantage": batch.advantage_S,
         "response_mask_T": batch.mask_T[index],
         "cu_seqlens_S1": batch.cu_seqlens_S1,
         "config": FipoConfig(),
@@ -168,7 +234,7 @@ def mistakes(group, device):
     messages = []
     for change in (
         {"config": FipoConfig(normalization="group")},
-        {"advantage_S": batch.advantage_S.repeat(2)},
+        {"advantage": batch.advantage_S.repeat(2)},
         {"response_mask_T": batch.mask_T},
         {"cu_seqlens_S1": torch.tensor([0, 16, 47])},
         {"cu_seqlens_S1": 2 * batch.cu_seqlens_S1},
@@ -188,6 +254,7 @@ def results():
             ("single rank", (1,), single_rank, ()),
             ("scans", SIZES, scans, ()),
             ("correction", (2, 4), correction, ()),
+            ("other losses", SIZES, other_losses, ()),
             ("mistakes", (4,), mistakes, ()),
         ]
     )
@@ -269,11 +336,21 @@ def test_importance_correction(results, size):
         assert all(same) and all(0.05 < share < 0.95 for share in dropped)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_other_losses_and_penalties(results, size):
+    for losses, sequences in results[size, "other losses"]:
+        for name, r in losses.items():
+            assert r["grad"] <= 2e-6 and r["totals"] <= 1e-6, name
+            assert 0.01 < r["clipped"] < 0.99, name
+        assert losses["gspo"]["sent"] == losses["gspo by token"]["sent"] == [(REDUCE, 16 * sequences)]
+        assert losses["cispo"]["sent"] == []
+
+
 def test_mistakes_are_named(results):
     for messages in results[4, "mistakes"]:
         for message, word in zip(
             messages,
-            ("loss_scale_S", "advantage_S", "response_mask_T", "pad_cu_seqlens", "beyond the"),
+            ("loss_scale_S", "advantage", "response_mask_T", "pad_cu_seqlens", "beyond the"),
             strict=True,
         ):
             assert word in message

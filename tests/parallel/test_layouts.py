@@ -12,25 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
+from written_rollouts import GROUP_SIZE, GROUPS, written_rollout
 
 from megatron_fipo.data.planning import plan_step
-from megatron_fipo.data.samples import Sample
 from megatron_fipo.model.cost import CostModel
-from megatron_fipo.parallel.replicas import Replicas
-from megatron_fipo.rollout.replay import write_rollout
-from megatron_fipo.rollout.rollout import GeneratedSamples, Rollout
 
-GROUPS, GROUP_SIZE, UPDATES, VOCAB = 6, 4, 3, 93
+UPDATES = 3
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 SP, EP, ETP = "--sequence-parallel", "--expert-model-parallel-size", "--expert-tensor-parallel-size"
 FLAGS = f"""
     --preset quickstart --num-steps 1 --grpo-prompts-per-step {GROUPS} --grpo-group-size {GROUP_SIZE}
     --no-rollout-dynamic-sampling --global-batch-size {GROUPS * GROUP_SIZE // UPDATES} --rollout-max-tokens 60
     --max-prompt-tokens 20 --max-tokens-per-microbatch 96 --lr 1e-3 --adam-eps 1e-6 --lr-warmup-iters 0
-    --fipo-half-life 8 --seed 1
+    --seed 1
 """
+FIPO = "--fipo-half-life 8"  # refused together with another --loss
 # One sample for each of two replicas, whose interleaved pipelines want two micro-batches: one is a dummy.
 FEW = "--train-from-rollouts {runs}/few --grpo-prompts-per-step 4 --grpo-group-size 2 --global-batch-size 2"
 # name: ranks and flags. Every layout also cuts the updates into micro-batches of its own.
@@ -64,6 +61,22 @@ DENSE = {
     "one micro-batch": (1, "--max-tokens-per-microbatch 4096"),
     "many micro-batches": (1, "--max-tokens-per-microbatch 1"),
 }
+# Against a reference model that is not the one that training starts from.
+GSPO = "--loss gspo --grpo-clamp-eps-lower 0.01 --grpo-clamp-eps-upper 0.02"
+REINFORCE = "--loss reinforce++ --return-gamma 0.97 --grpo-kl-beta 0.05 --reference-model {reference}"
+PENALTIES = "--grpo-kl-beta 0.2 --grpo-entropy-term-weight 0.05 --reference-model {reference}"
+OTHER_LOSSES = {
+    "gspo": (1, GSPO),
+    "gspo TP2 CP2": (4, f"{GSPO} {TP} 2 {SP} {CP} 2"),
+    "cispo": (1, "--loss cispo --grpo-clamp-eps-upper 0.05 --advantage leave-one-out"),
+    "cispo PP2 CP2": (4, f"--loss cispo --grpo-clamp-eps-upper 0.05 --advantage leave-one-out {PP} 2 {CP} 2"),
+    "reinforce++": (1, REINFORCE),
+    "reinforce++ CP2 DP2": (4, f"{REINFORCE} {CP} 2"),
+    "reinforce++ PP2": (2, f"{REINFORCE} {PP} 2"),
+    "penalties": (1, PENALTIES),
+    "penalties TP2 CP2": (4, f"{PENALTIES} {TP} 2 {SP} {CP} 2"),
+    "penalties PP2 DP2": (4, f"{PENALTIES} {PP} 2 --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4096"),
+}
 # Saved after one step in one layout, continued in another; a case on all ranks lets the savers finish first.
 RESHARDED = {
     "two steps": (1, "--num-steps 2"),
@@ -76,9 +89,17 @@ RESHARDED = {
     "one to CP2": (2, f"--num-steps 2 --load {{runs}}/saver_one/checkpoints {CP} 2"),
     "TP2 to TP2 PP2": (4, f"--num-steps 2 --load {{runs}}/saver_TP2/checkpoints {TP} 2 {SP} {PP} 2"),
 }
+# Another family: biases, and one weight for embedding and output, which the first and the last stage both hold.
+TIED = {
+    "tied": (1, "--hf-model {runs}/tied"),
+    "tied PP2 DP2": (4, f"--hf-model {{runs}}/tied {PP} 2 --overlap-grad-reduce --overlap-param-gather"),
+    "tied VPP2 TP2": (4, f"--hf-model {{runs}}/tied {TP} 2 {SP} {PP} 2 --num-virtual-stages-per-pipeline-rank 2"),
+}
+BF16_OVERLAP = f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"
 BF16 = {
     "bf16": (1, "--bf16"),
-    "bf16 TP2 DP2": (4, f"--bf16 {TP} 2 {SP} --overlap-grad-reduce --overlap-param-gather"),
+    "bf16 TP2 DP2": (4, BF16_OVERLAP),
+    "bf16 TP2 DP2 reference": (4, f"{BF16_OVERLAP} --grpo-kl-beta 1e-30 --reference-model {{reference}}"),
     "bf16 PP2 CP2": (4, f"--bf16 {PP} 2 {CP} 2"),
 }
 MOE = {
@@ -95,40 +116,18 @@ MOE = {
     ),
     "EP2 PP2": (4, f"{EP} 2 {PP} 2"),
     "EP2 CP2 DP2": (4, f"{EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
+    "penalties": (1, PENALTIES),
+    "penalties EP2 CP2 DP2": (4, f"{PENALTIES} {EP} 2 {CP} 2 --overlap-grad-reduce --overlap-param-gather"),
 }
-
-
-def written_rollout(folder: Path, step: int, number: int = GROUPS, size: int = GROUP_SIZE, sigma: float = 1.0) -> None:
-    """Random samples of very different lengths, with holes in the masks; engine log-probs that disagree a little."""
-    generator = np.random.default_rng(step)
-    groups, table = {}, torch.zeros(number, size, len(GeneratedSamples.COLUMNS), dtype=torch.float64)
-    for g in range(number):
-        prompt = generator.integers(3, VOCAB, generator.integers(2, 20))
-        groups[g] = []
-        for i in range(size):
-            response = generator.integers(3, VOCAB, min(60, 1 + int(generator.lognormal(2.5, sigma))))
-            tokens = np.concatenate([prompt, response]).astype(np.int32)
-            mask = np.arange(len(tokens)) >= len(prompt)
-            mask[len(prompt) + 2 : len(prompt) + 4] = len(response) < 8
-            correct = bool(generator.random() < 0.5) if i else g % 2 == 0
-            sample = Sample(
-                prompt_id=g, group_id=g, tokens=tokens, response_mask=mask,
-                rollout_logp=(generator.normal(-4.5, 0.3, len(tokens)) * mask).astype(np.float32),
-                finish_reason="stop", weight_versions=((0, 0, len(response)),),
-                reward=2.0 * correct - 1 + generator.normal(0, 0.1), correct=correct,
-            )  # fmt: skip
-            groups[g].append(sample)
-            table[g, i] = torch.tensor(GeneratedSamples.row(sample, False), dtype=torch.float64)
-    alone = dist.group.WORLD
-    replicas = Replicas(0, 1, alone, alone, (), (), torch.device("cpu"), leads=True)
-    write_rollout(str(folder), step, Rollout.of(table, range(number), 0, groups, 1), replicas)
 
 
 def run_name(case: str) -> str:
     return case.replace(" ", "_")
 
 
-def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -> dict[str, tuple[dict, dict]]:
+def run_cases(
+    folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]], reference: Path | None = None
+) -> dict[str, tuple[dict, dict]]:
     """Train every layout on folder/rollouts; {name: (metrics of the last step, exported weights)}."""
     cases = {
         name: {
@@ -137,7 +136,8 @@ def run_cases(folder: Path, hf_dir: Path, layouts: dict[str, tuple[int, str]]) -
                 *f"--hf-model {hf_dir} --train-from-rollouts {folder / 'rollouts'} --runs-dir {folder}".split(),
                 *("--run-name", run_name(name), "--save-hf", str(folder / run_name(name) / "hf")),
                 *FLAGS.split(),
-                *flags.format(runs=folder).split(),
+                *("" if "--loss " in flags else FIPO).split(),
+                *flags.format(runs=folder, reference=reference).split(),
             ],
         }
         for name, (ranks, flags) in layouts.items()
@@ -170,7 +170,7 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
         [metrics, *metrics["updates"]], [expected_metrics, *expected_metrics["updates"]], strict=True
     ):
         for key, value in reference.items():
-            if key.startswith(("actor/", "fipo/", "mismatch/", "correction/")):
+            if key.startswith(("actor/", "fipo/", "mismatch/", "correction/", "reward/")):
                 # Quantiles come from histograms: a value may fall into the neighbouring bin.
                 bin_width = 3e-3 if "_p" in key or "median" in key else 0.0
                 assert update[key] == pytest.approx(value, rel=tolerance + bin_width, abs=tolerance), (name, key)
@@ -188,7 +188,10 @@ def dense(megatron, hf_model, tmp_path_factory):
     for step in (1, 2):
         written_rollout(runs / "rollouts", step)
     written_rollout(runs / "few", 1, number=4, size=2)
-    return run_cases(runs, folder, DENSE | RESHARDED | BF16)
+    reference, _ = hf_model("qwen3", tied=False, num_hidden_layers=4, seed=1)
+    tied, _ = hf_model("qwen2", tied=True, num_hidden_layers=4)
+    (runs / "tied").symlink_to(tied)
+    return run_cases(runs, folder, DENSE | TIED | OTHER_LOSSES | RESHARDED | BF16, reference)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +199,8 @@ def moe(megatron, hf_model, tmp_path_factory):
     folder, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4)
     runs = tmp_path_factory.mktemp("moe")
     written_rollout(runs / "rollouts", 1)
-    return run_cases(runs, folder, MOE)
+    reference, _ = hf_model("qwen3_moe", tied=False, num_hidden_layers=4, seed=1)
+    return run_cases(runs, folder, MOE, reference)
 
 
 def test_fipo_is_active_in_the_reference(dense):
@@ -206,10 +210,30 @@ def test_fipo_is_active_in_the_reference(dense):
     assert dense["one"][0]["actor/grad_norm"] > 0.1
 
 
-@pytest.mark.parametrize("layout", DENSE)
+@pytest.mark.parametrize("layout", DENSE | TIED)
 def test_a_dense_model_trains_alike_in_every_layout(layout, dense):
     kind = layout.split()[0]
-    check_equal(dense[layout], dense[kind if kind in ("group", "sequence", "corrected", "few") else "one"], layout)
+    check_equal(
+        dense[layout], dense[kind if kind in ("group", "sequence", "corrected", "few", "tied") else "one"], layout
+    )
+
+
+@pytest.mark.parametrize("layout", [name for name in OTHER_LOSSES if " " in name])
+def test_other_losses_train_alike_in_every_layout(layout, dense):
+    check_equal(dense[layout], dense[layout.split()[0]], layout)
+
+
+def test_other_losses_are_other_losses(dense):
+    """They act on the updates, and log what they have."""
+    metrics = {name: dense[name][0] for name in ("one", *(name for name in OTHER_LOSSES if " " not in name))}
+    assert len({m["updates"][2]["actor/grad_norm"] for m in metrics.values()}) == len(metrics)
+    assert all(0 < m["updates"][2]["actor/pg_clipfrac"] < 1 for m in metrics.values())
+    for name, m in metrics.items():
+        assert ("actor/influence_weights_mean" in m) == ("fipo/noise_budget" in m) == (name in ("one", "penalties"))
+        assert ("actor/reference_kl" in m) == (name == "penalties")
+        assert ("reward/reference_kl" in m) == (name == "reinforce++")
+    assert metrics["penalties"]["actor/reference_kl"] > 0.01
+    assert abs(metrics["reinforce++"]["reward/reference_kl"]) > 0.01
 
 
 def test_few_samples_leave_a_replica_without():
@@ -226,7 +250,7 @@ def test_normalizations_differ(dense):
 
 @pytest.mark.parametrize("layout", MOE)
 def test_a_mixture_of_experts_trains_alike_in_every_layout(layout, moe):
-    check_equal(moe[layout], moe["one"], layout)
+    check_equal(moe[layout], moe["penalties" if layout.startswith("penalties") else "one"], layout)
 
 
 @pytest.mark.parametrize("layout", [name for name in RESHARDED if name.startswith("two steps ") or " to " in name])
@@ -247,6 +271,14 @@ def test_bf16_is_no_further_from_fp32_in_any_layout(layout, dense):
     for update, expected in zip(metrics["updates"], expected_metrics["updates"], strict=True):
         for key in ("actor/pg_loss", "actor/grad_norm", "actor/influence_weights_mean"):
             assert update[key] == pytest.approx(expected[key], rel=0.05, abs=0.01), key
+
+
+def test_the_reference_model_leaves_the_policy_its_bits(dense):
+    """With a weight too small to act, a run in whose parameters another model has been is the run without."""
+    (metrics, weights), (plain_metrics, plain_weights) = dense["bf16 TP2 DP2 reference"], dense["bf16 TP2 DP2"]
+    assert metrics["actor/reference_kl"] > 0.01 and "actor/reference_kl" not in plain_metrics
+    assert metrics["actor/grad_norm"] == plain_metrics["actor/grad_norm"]
+    assert all(torch.equal(weights[name], value) for name, value in plain_weights.items())
 
 
 @pytest.mark.long

@@ -25,8 +25,8 @@ if not INSTALLED and not os.environ.get("CI"):
     pytest.skip("SGLang is not installed: make sglang", allow_module_level=True)
 
 from megatron_fipo.rollout.sglang.fleet import Fleet  # noqa: E402
-from megatron_fipo.rollout.sglang.sender import SyncSettings  # noqa: E402
 from megatron_fipo.rollout.sglang.server import Server, ServerLost  # noqa: E402
+from megatron_fipo.rollout.sglang.update_session import SyncSettings  # noqa: E402
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -119,8 +119,8 @@ def trainer(hf_model, build_model, servers):
     return build_model(hf_model("qwen2", tied=False)[0])
 
 
-# SGLang gives every layer experts, and on CPU pads their width to a multiple of 64.
-FAMILIES = {"qwen2": {}, "qwen3": {}, "qwen3_moe": {"mlp_only_layers": None, "moe_intermediate_size": 64}}
+# On CPU SGLang pads the width of experts to a multiple of 32. The first layer has none.
+FAMILIES = {"qwen2": {}, "qwen3": {}, "qwen3_moe": {"moe_intermediate_size": 64}}
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ DYING_TRAINER = f"""
 import json, os, sys
 from safetensors.torch import load_file
 from megatron_fipo.rollout.sglang.fleet import Fleet
-from megatron_fipo.rollout.sglang.sender import SyncSettings
+from megatron_fipo.rollout.sglang.update_session import SyncSettings
 from megatron_fipo.rollout.sglang.server import Server, ServerAddress
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 

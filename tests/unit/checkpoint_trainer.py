@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,8 +30,12 @@ from megatron.training.global_vars import destroy_global_vars, set_global_variab
 
 from megatron_fipo.arguments import parse_arguments  # noqa: E402
 from megatron_fipo.checkpoint.state import Checkpoints, LoopState  # noqa: E402
+from megatron_fipo.data.samples import Sample  # noqa: E402
 from megatron_fipo.errors import UserError  # noqa: E402
 from megatron_fipo.model.build import model_provider  # noqa: E402
+from megatron_fipo.parallel.replicas import Replicas  # noqa: E402
+from megatron_fipo.rollout.leftovers import Leftovers  # noqa: E402
+from megatron_fipo.rollout.rollout import GeneratedSamples  # noqa: E402
 
 
 @dataclass
@@ -46,8 +51,9 @@ class Trainer:
     def checkpoints(self, folder: Path, keep_last: int = 2, *, asynchronous: bool = False) -> Checkpoints:
         self.args.async_save = asynchronous
         return Checkpoints(
-            folder, self.args, self.chunks, self.optimizer, self.scheduler, keep_last, self.warnings.append
-        )
+            folder, self.args, self.chunks, self.optimizer, self.scheduler, keep_last, self.warnings.append,
+            Replicas.current(),
+        )  # fmt: skip
 
     def tensors(self) -> list[torch.Tensor]:
         """Weights and Adam's moments."""
@@ -61,11 +67,46 @@ class Trainer:
         for tensor in self.tensors():
             tensor.copy_(torch.rand(tensor.shape, generator=generator))
         self.optimizer.reload_model_params()
-        return LoopState(step, 10 * step, 1 / step, "prompts")
+        return LoopState(step, 10 * step, 1 / step, "prompts", made_up_leftovers(step))
 
     def is_at(self, step: int, state: LoopState) -> bool:
         found = [tensor.clone() for tensor in self.tensors()]
-        return state == self.become(step) and all(map(torch.equal, found, self.tensors()))
+        expected = self.become(step)
+        same_loop = state.numbers() == expected.numbers() and same_leftovers(state.leftovers, expected.leftovers)
+        return same_loop and all(map(torch.equal, found, self.tensors()))
+
+
+def made_up_leftovers(step: int, groups: int = 3, size: int = 2) -> Leftovers:
+    """Groups of random samples that only ``step`` decides, all on this replica; the second response has a hole."""
+    random, held = np.random.default_rng(step), {}
+    for visit in range(7 * step, 7 * step + groups):
+        held[visit] = [
+            Sample(
+                prompt_id=visit % 5, group_id=visit, tokens=random.integers(0, 99, 9, np.int32),
+                response_mask=np.array([0, 0, 0, 1, 1, 1 - i, 1, 1, 1], bool),
+                rollout_logp=random.normal(size=9).astype(np.float32), finish_reason=("stop", "length")[i],
+                weight_versions=((step, 0, 4), (step + 1, 4, 6)), reward=random.normal(), correct=i == 0,
+            )
+            for i in range(size)
+        ]  # fmt: skip
+    table = torch.tensor([[GeneratedSamples.row(s, False) for s in group] for group in held.values()])
+    return Leftovers(tuple(held), table.double(), held)
+
+
+def same_leftovers(found: Leftovers | None, expected: Leftovers | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    return (
+        found.visits == expected.visits
+        and torch.equal(found.table, expected.table)
+        and list(found.held) == list(expected.held)
+        and all(
+            np.array_equal(getattr(a, name), value)
+            for visit, group in expected.held.items()
+            for a, b in zip(found.held[visit], group, strict=True)
+            for name, value in vars(b).items()
+        )
+    )
 
 
 def open_trainer(base: Path) -> Trainer:

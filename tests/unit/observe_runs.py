@@ -50,8 +50,13 @@ def step_metrics(step: int, steps: int = 20, seed: int = 1) -> dict:
         "actor/lr": 2e-4 * min(1.0, step / 5),
         "fipo/active_fraction": 0.39 + 0.02 * wiggle,
         "mismatch/kl": 1e-7,
+        "mismatch/rms": 3e-4,
+        "fipo/noise_budget": 0.0375,
         "perf/response_tokens_per_second": 4000 + 900 * done + 150 * wiggle,
         "perf/total_tokens_per_second": 6100 + 900 * done + 150 * wiggle,
+        "perf/response_tokens_per_second_per_rank": 2000 + 450 * done + 75 * wiggle,
+        "perf/train_tflops_per_rank": 0.01 + 0.001 * wiggle,
+        "perf/peak_memory_gb": 1.2,
         "time/rollout": 0.9 + 0.5 * done,
         "time/old_logp": 0.3,
         "time/update": 1.4 + 0.1 * wiggle,
@@ -69,6 +74,26 @@ def evaluation_metrics(accuracy: float, greedy: float, length: float) -> dict:
     }
 
 
+def weighted_samples(step: int) -> list[dict]:
+    """A right and a wrong response with the influence weight of every token, and a tool's answer among them."""
+    pieces = [" 7", "+1", "=", "8", "<b>", "tool:", " 8", "\n", "end"]
+    influence = [1.2, 1.1, 1.0, 0.9, 0.8, None, None, 1.0, 1.0001]
+    return [
+        {
+            "step": step,
+            "when": "step",
+            "prompt": "7+1=",
+            "response": "".join(pieces),
+            "correct": correct,
+            "reward": 1.0 if correct else -1.0,
+            "pieces": pieces,
+            "influence": influence,
+            "tokens_left_out": 0 if correct else 1234,
+        }
+        for correct in (True, False)
+    ]
+
+
 def make_run(
     runs_dir: Path, name: str = "quickstart", steps: int = 20, seed: int = 1, finished: bool = True
 ) -> RunFolder:
@@ -81,6 +106,7 @@ def make_run(
                 share = min(1.0, 0.7 + 0.3 * step / steps)
                 accuracy = ACCURACY_AFTER if step == steps else ACCURACY_AFTER * share - 0.01 * seed
                 metrics |= evaluation_metrics(accuracy, 0.74 * share, 27.3)
+                writer.write_samples(weighted_samples(step))
             writer.write(metrics)
         for when, step, answers in (
             ("before", 0, ("#4$", "#-3$")),

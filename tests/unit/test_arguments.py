@@ -7,6 +7,7 @@ import pytest
 
 from megatron_fipo import compat
 from megatron_fipo.arguments import parse_arguments
+from megatron_fipo.arithmetic import banner
 from megatron_fipo.train import main
 
 compat.install()
@@ -65,6 +66,52 @@ def test_no_preset_means_fipo_32b(capsys):
     assert dry_run(capsys) == dry_run(capsys, "--preset", "fipo-32b")
 
 
+# What the papers of the losses ask for.
+LOSSES = {
+    "fipo": {"normalization": "token", "clip_range": [0.2, 0.28], "advantage": "group", "fipo_semantics": "official"},
+    "dapo": {"normalization": "token", "clip_range": [0.2, 0.28], "fipo_weight_range": [1.0, 1.0]},
+    "grpo": {"normalization": "sequence", "clip_range": [0.2, 0.2], "advantage": "group"},
+    "gspo": {"normalization": "sequence", "clip_range": [3e-4, 4e-4], "advantage": "group"},
+    "cispo": {"normalization": "token", "clip_range": [1.0, 4.0], "advantage": "group"},
+    "reinforce++": {"normalization": "token", "clip_range": [0.2, 0.2], "advantage": "batch", "return_gamma": 1.0},
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_brings_its_defaults_and_tells_what_it_reads(capsys, loss):
+    values = dry_run(capsys, "--loss", loss)
+    assert {key: values[key] for key in LOSSES[loss]} == LOSSES[loss]
+    assert ("fipo_half_life" in values) == (loss == "fipo") and ("fipo_dual_clip" in values) == (
+        loss in ("fipo", "dapo")
+    )
+    assert not {"kl_weight", "reference_model", "entropy_weight"} & values.keys()
+    assert dry_run(capsys, "--loss", loss, "--grpo-clamp-eps-upper", 0.3)["clip_range"][1] == 0.3
+
+
+def test_penalties_are_told(capsys):
+    values = dry_run(capsys, "--loss", "reinforce++", "--grpo-kl-beta", 0.01, "--grpo-entropy-term-weight", 0.002)
+    told = {key: values[key] for key in ("kl_weight", "kl_estimator", "kl_in", "entropy_weight")}
+    assert told == {"kl_weight": 0.01, "kl_estimator": "k1", "kl_in": "reward", "entropy_weight": 0.002}
+    in_loss = dry_run(capsys, "--loss", "grpo", "--grpo-kl-beta", 0.04)
+    assert (in_loss["kl_estimator"], in_loss["kl_in"]) == ("k3", "loss")
+
+
+def test_a_response_may_be_alone_where_nothing_compares_it_with_a_group(capsys):
+    alone = ("--grpo-group-size", 1, "--global-batch-size", 64, "--no-rollout-dynamic-sampling")
+    assert dry_run(capsys, "--loss", "reinforce++", *alone)["updates_per_step"] == 8
+
+
+def test_the_banner_says_what_the_loss_is():
+    fipo = banner(parse_arguments(["--dry-run"]))["loss"]
+    assert fipo.startswith("fipo, ratio in [0.8, 1.28], by token") and "weights in [1, 1.2]" in fipo
+    dapo = banner(parse_arguments(["--dry-run", "--loss", "dapo"]))["loss"]
+    assert dapo == "dapo, ratio in [0.8, 1.28], by token, advantages by group"
+    flags = "--dry-run --loss gspo --grpo-kl-beta 0.1 --grpo-entropy-term-weight 0.01 --reference-model base"
+    gspo = banner(parse_arguments(flags.split()))["loss"]
+    assert gspo.startswith("gspo, ratio in [0.9997, 1.0004], by sequence")
+    assert gspo.endswith("0.1 KL (k3 in the loss) to base, entropy bonus 0.01")
+
+
 def test_explicit_flags_win_over_the_preset(capsys):
     values = dry_run(capsys, "--preset", "fipo-7b", "--grpo-group-size", 16, "--global-batch-size", 512, "--lr", 2e-6)
     assert (values["group_size"], values["updates_per_step"], values["lr"]) == (16, 16, 2e-6)
@@ -108,7 +155,19 @@ def test_a_model_and_its_data_are_checked(capsys, trained_base):
         (["--fipo-weight-low", "1.5"], ["--fipo-weight-low 1.5"]),
         (["--rollout-temperature", "0"], ["--rollout-temperature 0"]),
         (["--reward-overlong-buffer", "30000"], ["--reward-overlong-buffer 30000", "--rollout-max-tokens 20480"]),
-        (["--grpo-kl-beta", "0.1"], ["--grpo-kl-beta"]),
+        (["--grpo-kl-beta", "-0.1"], ["--grpo-kl-beta -0.1", "from 0 up"]),
+        (["--grpo-entropy-term-weight", "nan"], ["--grpo-entropy-term-weight nan", "from 0 up"]),
+        (["--kl-in", "reward"], ["--kl-in", "--grpo-kl-beta"]),
+        (["--reference-model", "x"], ["--reference-model", "--grpo-kl-beta"]),
+        (["--grpo-kl-beta", "0.1", "--kl-estimator", "k1"], ["--kl-estimator k1", "k2 or k3", "--kl-in reward"]),
+        (["--loss", "ppo"], ["--loss", "ppo", "reinforce++"]),
+        (["--loss", "gspo", "--fipo-half-life", "8"], ["--fipo-half-life", "--loss gspo", "--loss fipo"]),
+        (["--preset", "dapo", "--fipo-weight-high=1.2"], ["--fipo-weight-high", "--loss dapo"]),
+        (["--advantage", "leave-one-out", "--grpo-group-size", "1"], ["--advantage leave-one-out", "at least 2"]),
+        (["--loss", "reinforce++", "--grpo-group-size", "1"], ["--grpo-group-size 1", "--no-rollout-dynamic-sampling"]),
+        (["--return-gamma", "0.9"], ["--return-gamma", "--advantage batch"]),
+        (["--loss", "reinforce++", "--return-gamma", "0"], ["gamma", "0.0"]),
+        (["--loss", "cispo", "--grpo-clamp-eps-lower", "1.5"], ["clip_low", "1.5"]),
         (["--pipeline-model-parallel-size", "2"], ["--pipeline-model-parallel-size 2"]),
         (["--rl-partial-rollouts"], ["--rl-partial-rollouts"]),
         (["--data-path", "x"], ["--data-path", "--prompt-data"]),

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoint_trainer
@@ -20,8 +21,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_fipo.checkpoint.integrity import find_damage, record_files, write_manifest
 from megatron_fipo.checkpoint.state import saved_steps, whole_checkpoints
 from megatron_fipo.errors import UserError
+from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.leftovers import Leftovers
 
-FILES = (".metadata", "__0_0.distcp", "manifest.json", "metadata.json", "rl_state.json")
+LEFTOVERS = ("__0_leftovers.safetensors", "leftovers.safetensors")
+FILES = (".metadata", "__0_0.distcp", *LEFTOVERS, "manifest.json", "metadata.json", "rl_state.json")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,27 @@ def test_a_checkpoint_holds_everything_and_the_newest_is_loaded(trainer, saved):
         "iter_0000001", "iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt",
     }  # fmt: skip
     assert loads(trainer, saved) == 3 and trainer.warnings == []
+
+
+def test_leftovers_are_shared_out_over_another_number_of_replicas(megatron, tmp_path):
+    """Written by two replicas, read by one and by three."""
+    expected, one = checkpoint_trainer.made_up_leftovers(4, groups=7), Replicas.current()
+    for replica in (1, 0):  # in one process both have the rank 0, and with it the name of the file
+        held = {visit: expected.held[visit] for visit in expected.visits[replica::2]}
+        Leftovers(expected.visits, expected.table, held).write(tmp_path, replace(one, rank=replica, size=2))
+        (tmp_path / LEFTOVERS[0]).rename(tmp_path / f"__{replica + 5}_leftovers.safetensors")
+    assert checkpoint_trainer.same_leftovers(Leftovers.read(tmp_path, one), expected)
+    for replica in range(3):
+        found = Leftovers.read(tmp_path, replace(one, rank=replica, size=3))
+        held = {visit: expected.held[visit] for visit in expected.visits[replica::3]}
+        assert held and checkpoint_trainer.same_leftovers(found, replace(expected, held=held))
+
+
+def test_a_checkpoint_without_leftovers_loads(trainer, tmp_path):
+    checkpoints = trainer.checkpoints(tmp_path)
+    checkpoints.save(replace(trainer.become(1), leftovers=None))
+    assert not any((tmp_path / "iter_0000001" / name).exists() for name in LEFTOVERS)
+    assert checkpoints.load(tmp_path).leftovers is None
 
 
 @pytest.mark.parametrize("name", FILES)

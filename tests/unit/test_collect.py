@@ -15,7 +15,9 @@ from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.collect import CollectSettings, OutOfContrast, collect
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.leftovers import Leftovers
 from megatron_fipo.rollout.replay import read_rollout, write_rollout
+from megatron_fipo.rollout.responder import SingleTurn
 from megatron_fipo.rollout.rollout import has_contrast
 
 
@@ -31,12 +33,12 @@ def run(trained_base, build_model):
         dynamic_sampling=True, max_batches=10, overlong_buffer=0, overlong_penalty=1.0,
     )  # fmt: skip
 
-    def collected(cursor=0, contrast_rate=1.0, max_tokens=12, **changes):
+    def collected(cursor=0, contrast_rate=1.0, max_tokens=12, version=7, leftovers=None, **changes):
         changes["sampling"] = replace(settings.sampling, max_tokens=max_tokens)
         stream, reported = PromptStream(prompts, seed=1, cursor=cursor), []
         rollout = collect(
-            engine, stream, answers.verify, replace(settings, **changes), Replicas.current(),
-            version=7, contrast_rate=contrast_rate, on_finished=reported.append,
+            SingleTurn(engine), stream, answers.verify, replace(settings, **changes), Replicas.current(),
+            version=version, contrast_rate=contrast_rate, on_finished=reported.append, leftovers=leftovers,
         )  # fmt: skip
         return rollout, stream, sum(reported)
 
@@ -76,6 +78,45 @@ def test_the_expected_rate_saves_batches(run):
     assert informed.kept == patient.kept
 
 
+def test_leftovers_come_first_and_no_group_is_lost_or_repeated(run):
+    """Three steps of four groups use what one step of twelve uses: the same groups in the same order."""
+    whole, _, _ = run(prompts_per_step=12)
+    cursor, rate, leftovers, used, carried = 0, 0.34, None, [], []
+    for version in (7, 8, 9):
+        rollout, stream, reported = run(
+            cursor, rate, version=version, leftovers=leftovers, prompts_per_step=4, max_batches=20
+        )
+        before, cursor, rate = cursor, stream.cursor, 0.34
+        assert reported == 8 * (cursor - before) == len(rollout.generated.reward)
+        assert rollout.carried == (len(leftovers.visits) if leftovers else 0)
+        stale, fresh = [version - 1] * rollout.stale_samples, [version] * (32 - rollout.stale_samples)
+        assert [rollout.held[i].weight_versions[0][0] for i in range(32)] == stale + fresh
+        assert rollout.staleness == rollout.carried / 4
+        assert rollout.contrast_rate == has_contrast(rollout.table[rollout.carried :]).double().mean()
+        for number, sample in rollout.held.items():
+            assert sample.group_id == rollout.group_ids_S[number] and sample.reward == rollout.reward_S[number]
+        used += rollout.group_ids_S[::8].tolist()
+        carried.append(rollout.carried)
+        leftovers = rollout.leftovers
+    assert used == whole.group_ids_S[::8].tolist()
+    assert carried[0] == 0 and max(carried) > 0, "nothing was left over: the test shows nothing"
+
+
+def test_a_step_generates_even_if_enough_is_left_over(run):
+    """Else samples could get older than one step; what is too much is dropped."""
+    rich, stream, _ = run(prompts_per_step=6, max_batches=20)
+    poor, stream, _ = run(stream.cursor, prompts_per_step=2, leftovers=as_leftovers(rich), max_batches=20)
+    assert poor.carried == 1 and len(poor.table) > 1 and poor.batches >= 1
+    assert poor.group_ids_S[0] == rich.group_ids_S[0] and poor.group_ids_S[-1] >= len(rich.table)
+
+
+def as_leftovers(rollout) -> Leftovers:
+    """All that a step trained on, as if it had been left over."""
+    visits = tuple(rollout.group_ids_S[::8].tolist())
+    held = {visit: [rollout.held[8 * i + k] for k in range(8)] for i, visit in enumerate(visits)}
+    return Leftovers(visits, rollout.table[list(rollout.kept)], held)
+
+
 def test_it_gives_up_with_a_reason(run):
     with pytest.raises(OutOfContrast, match=r"only \d of 6 groups .* after 1 generation batches .accuracy 0\.\d+"):
         run(max_batches=1)
@@ -110,7 +151,9 @@ def test_a_rollout_survives_the_disk(run, tmp_path):
     again = read_rollout(str(tmp_path), 3, 6, 8, Replicas.current())
     for name in ("packed_length_S", "response_tokens_S", "reward_S", "group_ids_S", "table"):
         assert torch.equal(getattr(again, name), getattr(rollout, name)), name
-    assert (again.kept, again.batches, again.first_visit) == (rollout.kept, rollout.batches, rollout.first_visit)
+    for name in ("kept", "visits", "batches", "carried"):
+        assert getattr(again, name) == getattr(rollout, name), name
+    assert again.leftovers is None and len(again.spare) == len(rollout.spare)
     for number, sample in rollout.held.items():
         for name, value in vars(sample).items():
             assert np.array_equal(getattr(again.held[number], name), value), name

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,34 +13,7 @@ from tiny_models import write_hf_model
 
 from megatron_fipo.errors import UserError
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
 SIDE_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-
-
-@pytest.fixture
-def convert(megatron, monkeypatch):
-    """The tool's functions, each call as in a process of its own."""
-    import convert_checkpoint
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-    from megatron.training.global_vars import destroy_global_vars
-
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    build_model = convert_checkpoint.build_model
-
-    def build_anew(*args):
-        destroy_global_vars()
-        unset_num_microbatches_calculator()
-        destroy_rerun_state_machine()
-        return build_model(*args)
-
-    monkeypatch.setattr(convert_checkpoint, "build_model", build_anew)
-    yield convert_checkpoint
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
-    destroy_rerun_state_machine()
 
 
 @pytest.fixture

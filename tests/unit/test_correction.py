@@ -187,7 +187,7 @@ def test_batches_get_weights_and_scales_of_what_is_left(megatron, normalization)
     numbers_S = torch.ones(6, dtype=torch.int64)
     rollout = Rollout(
         held={}, packed_length_S=numbers_S, response_tokens_S=numbers_S, reward_S=numbers_S.float(),
-        group_ids_S=torch.arange(6) // 2, table=torch.zeros(3, 2, 6), kept=(0, 1, 2), first_visit=0, batches=1,
+        group_ids_S=torch.arange(6) // 2, table=torch.zeros(3, 2, 6), kept=(0, 1, 2), visits=(0, 1, 2), batches=1,
     )  # fmt: skip
     corrected, metrics = correct_updates(updates, plan, rollout, config, loss, replicas)
     weights = [batch.token_weight_T.tolist() for update in corrected for batch in update]

@@ -20,6 +20,7 @@ from megatron_fipo.rewards.response import Response
 from megatron_fipo.rewards.verify import answer_of
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
+from megatron_fipo.rollout.responder import SingleTurn
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])
@@ -148,7 +149,7 @@ def test_an_evaluation_agrees_with_its_own_samples(trained_base, build_model):
         answers = Answers(tokenizer, (tokenizer.eos_token_id,), pool)
         sets = [EvaluationSet("h", prompts, 6)]
         first, again = (
-            evaluate_sets(engine, sets, sampling, answers, Replicas.current(), 3, Console(1, enabled=False))
+            evaluate_sets(SingleTurn(engine), sets, sampling, answers, Replicas.current(), 3, Console(1, enabled=False))
             for _ in range(2)
         )
         assert first == again

@@ -30,7 +30,22 @@ QWEN_MATH_7B = {
     "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
     "num_key_value_heads": 4, "rope_theta": 1e4, "max_position_embeddings": 4096,
 }  # fmt: skip
-# The recipes of arXiv 2603.19835: its scripts for 32B, Table 3 for 7B, and the baseline.
+QWEN3 = {"model_type": "qwen3", "head_dim": 128, "vocab_size": 151936, "rope_theta": 1e6}
+QWEN3 |= {"num_attention_heads": 32, "max_position_embeddings": 32768}
+QWEN3_4B = QWEN3 | {
+    "num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_30B_A3B = QWEN3 | {
+    "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}  # fmt: skip
+QWEN3_RECIPE = {
+    "preset": "fipo-32b", "loss": "fipo", "fipo_weight_range": [1.0, 1.2], "clip_range": [0.2, 0.28],
+    "group_size": 16, "updates_per_step": 8, "max_response_tokens": 16384, "overlong_buffer": 4096, "lr": 1e-6,
+}  # fmt: skip
+# The recipes of arXiv 2603.19835: its scripts for 32B, Table 3 for 7B, and the baseline. Then ours for newer models.
 RECIPES = {
     "fipo_qwen2.5_32b.sh": (QWEN_32B, {
         "preset": "fipo-32b", "loss": "fipo", "fipo_semantics": "official", "fipo_half_life": 32.0,
@@ -57,6 +72,14 @@ RECIPES = {
         "max_response_tokens": 20480, "overlong_buffer": 4096, "overlong_penalty": 1.0, "temperature": 1.0,
         "lr": 1e-6, "lr_warmup_steps": 10, "weight_decay": 0.1, "clip_grad": 1.0,
         "world_size": 128, "tensor_parallel": 8, "data_parallel": 16,
+    }),
+    "fipo_qwen3_4b.sh": (QWEN3_4B, QWEN3_RECIPE | {
+        "samples_per_step": 1024, "prompts_per_update": 8,
+        "world_size": 8, "tensor_parallel": 1, "data_parallel": 8,
+    }),
+    "fipo_qwen3_30b_a3b.sh": (QWEN3_30B_A3B, QWEN3_RECIPE | {
+        "samples_per_step": 4096, "prompts_per_update": 32,
+        "world_size": 32, "tensor_parallel": 4, "data_parallel": 8,
     }),
 }  # fmt: skip
 
@@ -178,7 +201,7 @@ def test_what_is_missing_is_named_in_one_line(name, folder):
         ("PROMPT_DATA", {"HF_MODEL": "m"}),
         ("MASTER_ADDR", both),
     ):
-        script = run_script(EXAMPLES / name, folder, **variables)
+        script = run_script(EXAMPLES / name, folder, NNODES=2, **variables)
         assert script.returncode == 2 and script.stdout == "" and script.stderr.count("\n") == 1, script.stderr
         assert script.stderr.startswith(f"{name}: {missing} is not set: ")
 

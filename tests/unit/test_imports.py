@@ -9,7 +9,7 @@ LAYERS = (
     {"train", "evaluate"},
     {"session", "recorder", "report", "doctor", "megatron_rl"},
     {"inputs"},
-    {"arguments"},
+    {"arguments", "arithmetic"},
     {"validation"},
     {"settings"},
     {"rollout", "rewards", "checkpoint", "model", "data", "evaluation", "observe", "presets"},

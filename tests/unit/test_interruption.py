@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from megatron_fipo import compat
+from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.parallel.interruption import SIGNALS, Interrupted, Interruption
 from megatron_fipo.rollout.engine import SamplingParams
 
 compat.install()
 
 from megatron_fipo.rollout.embedded import POLL_TOKENS, EmbeddedEngine  # noqa: E402
-from megatron_fipo.rollout.interruptible import InterruptibleEngine  # noqa: E402
+from megatron_fipo.rollout.interruptible import InterruptibleResponder  # noqa: E402
+from megatron_fipo.rollout.responder import SingleTurn  # noqa: E402
 
 
 @pytest.fixture
@@ -27,10 +29,11 @@ def interruption():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_stops_the_generation(build_model, hf_model, interruption, number):
     engine = EmbeddedEngine(build_model(hf_model("qwen3", tied=False)[0]), 93, max_batch=4, pad_id=0)
-    interruptible = InterruptibleEngine(engine, interruption)
-    request = ([[5, 6, 7]] * 4, [1, 2, 3, 4], SamplingParams(max_tokens=3 * POLL_TOKENS, stop_token_ids=(2,)))
-    expected = interruptible.generate(*request)
-    assert expected == engine.generate(*request)
+    interruptible = InterruptibleResponder(SingleTurn(engine), interruption)
+    prompt = Prompt(0, (5, 6, 7), "", "")
+    request = ([prompt] * 4, [1, 2, 3, 4], SamplingParams(max_tokens=3 * POLL_TOKENS, stop_token_ids=(2,)))
+    expected = interruptible.respond(*request)
+    assert expected == engine.generate([prompt.tokens] * 4, *request[1:])
     finished = 0
 
     def kill_once_one_is_finished(count: int) -> None:
@@ -40,8 +43,8 @@ def test_a_signal_stops_the_generation(build_model, hf_model, interruption, numb
         finished += count
 
     with pytest.raises(Interrupted):
-        interruptible.generate(*request, kill_once_one_is_finished)
+        interruptible.respond(*request, kill_once_one_is_finished)
     assert 0 < finished < 4, "the generation went on to its end"
-    assert engine.generate(*request) == expected
+    assert engine.generate([prompt.tokens] * 4, *request[1:]) == expected
     with pytest.raises(Interrupted):  # the request to stop stays
         interruption.check()

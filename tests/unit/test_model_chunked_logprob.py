@@ -31,14 +31,17 @@ def problem(rows, padded, vocab, dtype=torch.float32, hidden=24):
     return hidden_RH, weight_VH, labels_R, upstream_R
 
 
-def oracle(hidden_RH, weight_VH, labels_R, upstream_R, vocab, temperature):
+def oracle(hidden_RH, weight_VH, labels_R, upstream_R, vocab, temperature, entropy_upstream_R=None):
     """Log-probs, entropies, and gradients of hidden states and weight, in float64."""
     hidden_RH, weight_VH = (x.double().requires_grad_() for x in (hidden_RH, weight_VH))
     logp_RV = (hidden_RH @ weight_VH[:vocab].T / temperature).log_softmax(1)
     logp_R = logp_RV.gather(1, labels_R[:, None])[:, 0]
-    (logp_R * upstream_R).sum().backward()
-    logp_RV = logp_RV.detach()
-    return logp_R.detach(), -(logp_RV.exp() * logp_RV).sum(1), hidden_RH.grad, weight_VH.grad
+    entropy_R = -(logp_RV.exp() * logp_RV).sum(1)
+    total = (logp_R * upstream_R).sum()
+    if entropy_upstream_R is not None:
+        total = total + (entropy_R * entropy_upstream_R).sum()
+    total.backward()
+    return logp_R.detach(), entropy_R.detach(), hidden_RH.grad, weight_VH.grad
 
 
 def assert_close(found, expected, tolerance):
@@ -46,23 +49,29 @@ def assert_close(found, expected, tolerance):
     torch.testing.assert_close(found.double(), expected, atol=tolerance * scale, rtol=0)
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_equal_the_oracle(shape, dtype, temperature):
+def test_values_and_gradients_equal_the_oracle(shape, dtype, temperature, entropy_gradient):
+    """Also of the entropy, dH/dz = -p (log p + H) / temperature, beside that of the log-prob."""
     rows, padded, vocab, tile_bytes = shape
     hidden_RH, weight_VH, labels_R, upstream_R = problem(rows, padded, vocab, dtype)
-    expected = oracle(hidden_RH, weight_VH, labels_R, upstream_R, vocab, temperature)
+    entropy_upstream_R = 3 * upstream_R.flip(0) if entropy_gradient else None
+    expected = oracle(hidden_RH, weight_VH, labels_R, upstream_R, vocab, temperature, entropy_upstream_R)
     hidden_RH.requires_grad_(), weight_VH.requires_grad_()
     logp_R, entropy_R = log_probs_of_labels(
         hidden_RH, weight_VH, labels_R,
         vocab_size=vocab, temperature=temperature, with_entropy=True, tile_bytes=tile_bytes,
     )  # fmt: skip
-    (logp_R * upstream_R).sum().backward()
-    assert logp_R.dtype == entropy_R.dtype == torch.float32 and not entropy_R.requires_grad
+    total = (logp_R * upstream_R).sum()
+    (total + (entropy_R * entropy_upstream_R).sum() if entropy_gradient else total).backward()
+    assert logp_R.dtype == entropy_R.dtype == torch.float32
     assert_close(logp_R, expected[0], 1e-6)  # fp32 logits also for bf16 weights
     assert_close(entropy_R, expected[1], 2e-6)
-    gradient_tolerance = 2e-6 if dtype == torch.float32 else 2**-8  # of the result's own rounding
+    gradient_tolerance = 2**-8  # of the result's own rounding
+    if dtype == torch.float32:  # log p + H is small where its terms are not
+        gradient_tolerance = 5e-6 if entropy_gradient else 2e-6
     assert hidden_RH.grad.dtype == weight_VH.grad.dtype == dtype
     assert_close(hidden_RH.grad, expected[2], gradient_tolerance)
     assert_close(weight_VH.grad, expected[3], gradient_tolerance)
@@ -84,6 +93,19 @@ def test_log_probs_are_bitwise_equal_with_and_without_gradients_and_entropy(shap
         assert logp_R.requires_grad == gradients
         found.append(logp_R.detach())
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_an_entropy_alone_has_its_gradient():
+    for shape in SHAPES:
+        rows, padded, vocab, tile_bytes = shape
+        hidden_RH, weight_VH, labels_R, upstream_R = problem(rows, padded, vocab)
+        expected = oracle(hidden_RH, weight_VH, labels_R, torch.zeros(rows), vocab, 1.0, upstream_R)
+        hidden_RH.requires_grad_()
+        _, entropy_R = log_probs_of_labels(
+            hidden_RH, weight_VH, labels_R, vocab_size=vocab, with_entropy=True, tile_bytes=tile_bytes
+        )
+        (entropy_R * upstream_R).sum().backward()
+        assert_close(hidden_RH.grad, expected[2], 5e-6)
 
 
 def test_extreme_logits_stay_finite_and_exact():

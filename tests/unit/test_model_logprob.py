@@ -22,6 +22,7 @@ def pack(sequences: list[list[int]]) -> PackedBatch:
         position_ids_T=torch.cat([torch.arange(n) for n in lengths]),
         response_mask_T=torch.ones(total, dtype=torch.bool),
         rollout_logp_T=torch.zeros(total),
+        reward_T=torch.zeros(total),
         old_logp_T=None,
         advantage_S=torch.ones(count),
         loss_scale_S=None,

@@ -16,6 +16,7 @@ SUMMARY = {
     "active_fraction_mean": 0.39,
     "train_seconds": 132.4,
     "steps": 2,
+    "alarms": [{"step": 2, "kind": "drift", "text": "engine and trainer disagree"}],
 }
 SAMPLES = [
     {"when": "before", "prompt": "7+1-3-2=", "response": "#4[red]\x1b[31m\n", "answer": "3", "correct": False},
@@ -36,7 +37,7 @@ def whole_run(console: Console) -> None:
             progress.advance(160)
             progress.advance(160)
         console.step(step_metrics(step))
-    console.finish(SUMMARY, SAMPLES, "runs/quickstart/report.html")
+    console.finish(SUMMARY, [("policy KL", "0.0028", "median over steps")], SAMPLES, "runs/quickstart/report.html")
 
 
 @pytest.fixture
@@ -83,6 +84,8 @@ def test_result(plain):
     assert "7+1=8;8-3=5;5-2=3#3  [right]" in plain
     assert plain.rstrip().endswith("runs/quickstart/report.html")
     assert "samples_per_step  8,192" in plain
+    assert re.search(r"^policy KL +0\.0028 +median over steps$", plain, flags=re.M)
+    assert "\nalarm at step 2: engine and trainer disagree\n" in plain
 
 
 def test_missing_and_infinite_values_are_shown_as_such():

@@ -2,14 +2,18 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from observe_runs import make_run, step_metrics
+from observe_runs import make_run, step_metrics, weighted_samples
+from PIL import Image
 
 from megatron_fipo.observe import svg
 from megatron_fipo.observe.statistics import wilson_interval
@@ -58,7 +62,8 @@ def test_headline_numbers(page, runs):
 def test_charts_show_the_metrics(page):
     charts = figures(page)
     wanted = "Accuracy,Reward,Response length,Entropy,Policy KL,Active fraction,Clipped tokens,Gradient norm"
-    assert set(wanted.split(",")) | {"Step time by phase", "Throughput"} <= set(charts)
+    wanted += ",Engine against trainer,Operations,Memory,Step time by phase,Throughput"
+    assert set(wanted.split(",")) <= set(charts)
     training = svg.format_value(step_metrics(20)["reward/accuracy"], "%")
     last = f"step 20\ntraining samples: {training}\nheld-out, sampled: 55.76 %\nheld-out, greedy: 74 %"
     assert tooltips(charts["Accuracy"])[-1] == last
@@ -91,7 +96,75 @@ def test_nothing_is_fetched_or_run(page):
 
 def test_answers_are_text_not_markup(page):
     assert "9-4=5;5&lt;2=7#7$" in page and "5<2" not in page
-    assert page.count('class="right"') == 2 and page.count('class="wrong"') == 2
+    answers = page.split("<h2>Sampled answers</h2>")[1].split("<h2>")[0]
+    assert answers.count('class="right"') == 2 and answers.count('class="wrong"') == 2
+
+
+def test_tokens_are_coloured_by_their_weights(page):
+    (section,) = re.findall(r"<h2>Influence weights, token by token</h2>.*?(?=<h2>)", page, flags=re.S)
+    assert "Of the last update of step 20" in section and section.count('class="response"') == 2
+    right, _ = section.split('class="response"')[1:]
+    spans = re.findall(r'<span class="(\w*)" title="f = ([\d.]+)">(.*?)</span>', right, flags=re.S)
+    assert [(text, f) for _, f, text in spans] == [
+        (" 7", "1.2"), ("+1", "1.1"), ("=", "1"), ("8", "0.9"), ("&lt;b&gt;", "0.8"), ("\n", "1"), ("end", "1"),
+    ]  # fmt: skip
+    assert [level for level, *_ in spans] == ["up7", "up3", "", "down4", "down8", "", ""]  # 8 = ln 0.8, the furthest
+    assert '<i title="not written by the policy">tool: 8</i>' in right
+    assert "1,234 more" in section and "1,234 more" not in right
+    assert ".down8 {" in page and "prefers-color-scheme: dark" in page
+
+
+def test_the_overview_comes_first(page):
+    labels = re.findall(r'<div class="label">(.*?)</div>', page.split("<h2>")[0])
+    assert labels[:4] == ["Accuracy on held-out, sampled", "Accuracy on held-out, greedy", "Reward", "Response length"]
+    assert {"Active fraction", "Policy KL", "Engine against trainer", "Memory"} < set(labels) and len(labels) <= 15
+
+
+def test_alarms_stand_at_the_head(tmp_path):
+    folder = make_run(tmp_path, "drifted", steps=4, finished=False)
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    for row in rows[-2:]:
+        row["alarms"] = {"drift": "engine & trainer disagree"}
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = make_run(tmp_path, "calm", steps=4)
+    both = tmp_path / "both.html"
+    for arguments in ([folder.path], [other.path], [folder.path, other.path, "--out", both]):
+        assert main([*map(str, arguments)]) == 0
+    alarm = "<div>step 3: engine &amp; trainer disagree</div>"
+    for page in (folder.report.read_text(), both.read_text()):
+        assert page.split("<h2>")[0].count(alarm) == page.count("disagree") == 1
+    assert "alarms</b>" not in other.report.read_text()
+
+
+def test_long_runs_stay_below_a_megabyte(tmp_path):
+    folders = [str(make_run(tmp_path, f"run{i}", steps=steps).path) for i, steps in enumerate((1500, 400, 400, 400))]
+    with (tmp_path / "run0" / "samples.jsonl").open("a") as file:
+        for sample in weighted_samples(1500):
+            file.write(json.dumps(sample | {"pieces": [" token"] * 1500, "influence": [1.1234] * 1500}) + "\n")
+    assert main([folders[0]]) == 0
+    assert main([*folders, "--out", str(tmp_path / "all.html")]) == 0
+    assert (tmp_path / "run0" / "report.html").stat().st_size < 1e6
+    assert (tmp_path / "all.html").stat().st_size < 1e6
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it(scheme, runs, page, tmp_path):
+    """Headless Chromium: no message on its console, and a picture that is not one colour."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on PATH")
+    picture = tmp_path / "page.png"
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1250,4000"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", f"--screenshot={picture}"]
+    command += [f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}"]
+    process = subprocess.run(
+        [*command, f"file://{runs / 'seed-1' / 'report.html'}"], capture_output=True, text=True, timeout=120
+    )
+    assert picture.exists(), process.stderr[-2000:]
+    assert not [line for line in process.stderr.splitlines() if "CONSOLE" in line]
+    pixels = np.asarray(Image.open(picture).convert("L"))
+    assert (pixels[0, 0] > 200) == (scheme == "light")  # the page's own background
+    assert ((pixels.astype(int) - pixels[0, 0].astype(int)).__abs__() > 60).mean() > 0.01
 
 
 def test_comparison_lays_runs_over_each_other(runs):

@@ -36,6 +36,7 @@ FLAGS = [
     ("--global-batch-size 100", "--global-batch-size 100 is no multiple of --grpo-group-size 8"),
     ("--global-batch-size 512", "lower --global-batch-size to at most 256"),
     ("--rollout-temperature 0", "greedy rollouts have no contrast"),
+    ("--cp-comm-type a2a", "--cp-comm-type a2a is TransformerEngine's choice"),
     ("--eval-top-p 0", "--eval-top-p 0.0 must be in (0, 1]"),
     ("--eval-top-p 95", "--eval-top-p 95.0 must be in (0, 1]"),
     ("--rollout-max-tokens 0", "--rollout-max-tokens 0 must be at least 1"),
@@ -72,7 +73,12 @@ FLAGS = [
     ("--run-name a/b", "--run-name"),
     ("--train-from-rollouts nowhere", "is no folder"),
     ("--rollout-engine vllm", "invalid choice: 'vllm'"),
-    ("--grpo-kl-beta 0.1", "leave them at 0"),
+    ("--rollout-function my_tools", "'my_tools' is not package.module:name"),
+    ("--rollout-function my_tools:search", "importing my_tools fails (ModuleNotFoundError"),
+    ("--rollout-function json:loads", "must be 'async def loads(dialogue)'"),
+    ("--grpo-kl-beta 0.1 --kl-estimator k1", "--kl-in reward"),
+    ("--grpo-kl-beta 0.1 --reference-model other_architecture", "'gemma2', which is not supported"),
+    ("--loss dapo --fipo-half-life 16", "--fipo-half-life says nothing about --loss dapo"),
     ("--seed -1", "--seed -1 must not be negative"),
 ]  # fmt: skip
 FILES = [

@@ -1,13 +1,14 @@
 """A process that takes weights as an SGLang server does, and does nothing else.
 
-    python tools/benchmarks/weight_receiver.py < names.json
+    python tools/benchmarks/weight_receiver.py [--sums] < names.json
 
 `names.json` lists the parameters that it claims to have. It prints its port and answers the calls of weight updates:
 tensors are rebuilt from names, dtypes and shapes. `/raw_broadcast` receives the same bytes and nothing more. Both
-receive into memory that is there already.
+receive into memory that is there already, on a GPU over NCCL. With --sums, `/sums` tells the SHA-256 of every tensor.
 """
 
 import asyncio
+import hashlib
 import json
 import math
 import sys
@@ -25,11 +26,12 @@ TIMEOUT = timedelta(seconds=120)
 class Receiver:
     """One method for each call that has something to do."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.version = names, "none"
+    def __init__(self, names: list[str], with_sums: bool) -> None:
+        self.names, self.version, self.with_sums = names, "none", with_sums
+        self.seen: dict[str, str] = {}
         self.groups: dict[str, Any] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.device, self.memory = "cpu", torch.empty(0, dtype=torch.uint8)
 
     def server_info(self) -> dict[str, Any]:
         return {"tp_size": 1, "pp_size": 1}
@@ -50,6 +52,7 @@ class Receiver:
         )  # fmt: skip
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
         self.groups[group_name] = group
+        self.device = "cuda" if backend == "nccl" else "cpu"
 
     def update_weights_from_distributed(
         self, names: list, dtypes: list, shapes: list, group_name: str, weight_version: str | None, **_: Any
@@ -58,9 +61,15 @@ class Receiver:
         sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in specs]
         data = self._memory(sum(sizes))
         dist.broadcast(data, src=0, group=self.groups[group_name])
+        if self.with_sums:
+            pieces = zip(names, data.cpu().split(sizes), strict=True)
+            self.seen |= {name: hashlib.sha256(piece.numpy()).hexdigest() for name, piece in pieces}
         parts = zip(names, specs, data.split(sizes), strict=True)
         self.tensors |= {name: part.view(dtype).view(shape) for name, (dtype, shape), part in parts}
         self.version = weight_version or self.version
+
+    def sums(self) -> dict[str, str]:
+        return self.seen
 
     def raw_broadcast(self, nbytes: int, group_name: str) -> None:
         data = self._memory(nbytes)
@@ -70,7 +79,7 @@ class Receiver:
     def _memory(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] that is there already, from the second time on."""
         if len(self.memory) < nbytes:
-            self.memory = torch.zeros(nbytes, dtype=torch.uint8)
+            self.memory = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         return self.memory[:nbytes]
 
 
@@ -92,4 +101,4 @@ async def serve(receiver: Receiver) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Receiver(json.load(sys.stdin))))
+    asyncio.run(serve(Receiver(json.load(sys.stdin), "--sums" in sys.argv)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, wait
 from typing import Any
 
+from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.server import MalformedAnswer, Server, ServerLost, ServerRefused
 
 Answer = dict[str, Any]
@@ -14,9 +15,10 @@ _FAULTS = (ServerLost, ServerRefused, MalformedAnswer)
 
 
 class Calls:
-    """An event loop in a thread of its own. Every call must have a deadline of its own."""
+    """An event loop in a thread of its own, for calls to servers of ``fleet``. Every call must have a deadline."""
 
-    def __init__(self) -> None:
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="weight sync calls", daemon=True).start()
 
@@ -27,6 +29,26 @@ class Calls:
         self, servers: Iterable[Server], call: Callable[[Server], Coroutine[Any, Any, Answer]]
     ) -> "dict[Server, Future[Answer]]":
         return {server: self.start(call(server)) for server in servers}
+
+    def each(
+        self, servers: Iterable[Server], step: str, call: Callable[[Server], Coroutine[Any, Any, Answer]]
+    ) -> dict[Server, Answer]:
+        """Answers of the servers that gave one, in order; the others are condemned."""
+        return self.collect(self.start_all(servers, call), step)
+
+    def collect(self, answers: "dict[Server, Future[Answer]]", step: str) -> dict[Server, Answer]:
+        """Wait for all of them; as `each`."""
+        for server, answer in answers.items():
+            if error := fault(answer):
+                self.condemn(server, step, error)
+        return {server: answer.result() for server, answer in answers.items() if not failed(answer)}
+
+    def condemn(self, server: Server, step: str, error: Exception | str) -> None:
+        """With the server's own words; one that does not answer is killed, where this process can."""
+        if isinstance(error, ServerLost):
+            server.kill()
+        tail = server.log_tail()
+        self._fleet.condemn(server, f"{step}: {error}" + (f"\nthe end of its log:\n{tail}" if tail else ""))
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -36,11 +36,12 @@ _KIND = {ServerLost: "lost", ServerRefused: "refused", MalformedAnswer: "malform
 
 @dataclass(frozen=True)
 class Faults:
-    """Answers that had to be asked for again, by kind."""
+    """Answers that had to be asked for again, by kind; ``redispatched`` of these were asked of another server."""
 
     lost: int = 0
     refused: int = 0
     malformed: int = 0
+    redispatched: int = 0
 
 
 class Client:
@@ -130,10 +131,12 @@ class _Batch:
     async def complete(self, question: Question) -> Completion:
         """Ask until there is a whole answer. Raises RolloutFailed."""
         attempts = failures = 0
+        server: Server | None = None
         avoid: Server | None = None
         while True:
             attempts += 1
-            server = self._choose(question.prompt, avoid)
+            before, server = server, self._choose(question.prompt, avoid)
+            self._faults["redispatched"] += before not in (None, server)
             try:
                 # A server refuses a name that it still works on, as it does for seconds after a connection broke.
                 return await self._ask(server, replace(question, rid=f"{question.rid}.{attempts}"))

@@ -5,8 +5,10 @@ import contextlib
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -49,6 +51,8 @@ class SGLangEngine:
         self._fleet, self._client, self._sync, self._replicas = fleet, client, sync, replicas
         self.in_step = (parallel_state.get_model_parallel_group(),)
         self._starting: set[Server] = set()
+        self._counts: Counter[str] = Counter()  # of all replicas, since the start
+        self._reported: Counter[str] = Counter()
 
     def generate(
         self,
@@ -90,6 +94,13 @@ class SGLangEngine:
     def wake(self) -> None:
         """Nothing to do."""
 
+    def metrics(self) -> dict[str, float]:
+        """What the replicas' answers cost and which servers were condemned between the last two weight updates, or
+        longer ago if that has not been asked for yet."""
+        new = {f"rollout/{name}": float(count - self._reported[name]) for name, count in self._counts.items()}
+        self._reported = self._counts
+        return new | {"rollout/servers_serving": len(self._fleet.serving())}
+
     def close(self) -> None:
         """Stop the servers that this process started."""
         self._sync.close()
@@ -130,18 +141,21 @@ class SGLangEngine:
         return self._replicas.from_leader(lambda: message)
 
     def _agree(self) -> None:
-        """Every rank learns whom any rank has condemned or admitted."""
+        """Every rank learns whom any rank has condemned or admitted, and how many answers failed."""
         servers = self._fleet.servers
         condemned = {i: self._fleet.condemned[s] for i, s in enumerate(servers) if s in self._fleet.condemned}
         admitted = [servers.index(s) for s in self._fleet.serving()]
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (condemned, admitted))
-        for theirs, _ in everyone:
+        dist.all_gather_object(everyone, (condemned, admitted, asdict(self._client.faults)))
+        for theirs, _, _ in everyone:
             for i, reason in theirs.items():
                 self._fleet.condemn(servers[i], reason)
-        for i in {i for _, theirs in everyone for i in theirs}:
+        for i in {i for _, theirs, _ in everyone for i in theirs}:
             if servers[i] not in self._fleet.condemned:
                 self._fleet.admit(servers[i])
+        self._counts = Counter(servers_condemned=self._fleet.condemnations)
+        for *_, faults in everyone:
+            self._counts.update({f"answers_{name}": count for name, count in faults.items()})
 
     def _pardon_or_restart(self) -> None:
         """Condemned servers that answer again (continued, reachable again, restarted) take part in the coming update;

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_fipo.checkpoint.hf import export_hf_weights
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.sglang.client import Client
 from megatron_fipo.rollout.sglang.engine import SGLangEngine
 from megatron_fipo.rollout.sglang.fleet import Fleet
-from megatron_fipo.rollout.sglang.sender import SyncSettings
 from megatron_fipo.rollout.sglang.served import ServedModel
 from megatron_fipo.rollout.sglang.server import Server
 from megatron_fipo.rollout.sglang.servers import StartSettings, address_of, attach, gather_fleet, start_servers
+from megatron_fipo.rollout.sglang.update_session import SyncSettings
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"
@@ -53,11 +54,16 @@ def open_weight_sync(args: argparse.Namespace, chunks: Sequence[torch.nn.Module]
         bucket_bytes=args.weight_sync_bucket_mb * 2**20,
         pause=args.weight_sync_pause,
         check=args.check_weights,
+        kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         deadline_s=args.weight_sync_deadline,
         fault_of=lambda info: served.fault(info, capability),
     )
     return WeightSync(
-        lambda: export_hf_weights(chunks, args.vocab_size), fleet, settings, quantize=served.format.convert
+        lambda: export_hf_weights(chunks, args.vocab_size, own_stage=True),
+        fleet,
+        settings,
+        quantize=served.format.convert,
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
     )
 
 

@@ -13,13 +13,14 @@ class Fleet:
 
     `begin_update` withdraws every admission; whoever publishes the weights admits each server that holds all of them.
     A condemned server (``condemned`` has the reasons) is left alone until `pardon`, after which it still needs a
-    complete update to be admitted.
+    complete update to be admitted. ``condemnations`` counts them, those that were pardoned included.
     """
 
     def __init__(self, servers: Sequence[Server]):
         self.servers = tuple(servers)
         self.version: int | None = None
         self.condemned: dict[Server, str] = {}
+        self.condemnations = 0
         self._admitted: set[Server] = set()
 
     def begin_update(self, version: int) -> None:
@@ -40,6 +41,7 @@ class Fleet:
         self._admitted.discard(server)
         if server not in self.condemned:
             self.condemned[server] = reason
+            self.condemnations += 1
             log.error("%s condemned: %s", server, reason)
 
     def pardon(self, server: Server) -> None:

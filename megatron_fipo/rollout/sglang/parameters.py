@@ -6,15 +6,14 @@ names are compared before anything is sent and, if asked for, the values afterwa
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_fipo.quantization.block_fp8 import dequantize
 from megatron_fipo.quantization.formats import SCALE_SUFFIX
-
-VOCAB_MULTIPLE = 64  # SGLang pads the rows of embedding and head to it, with zeros
+from megatron_fipo.rollout.sglang.shards import Shard
 
 _FUSED = {
     "q_proj": ("qkv_proj", 0),
@@ -60,11 +59,14 @@ def name_mismatch(hf_names: Iterable[str], server_names: Iterable[str]) -> str |
 
 
 class Checksums:
-    """The checksums that a server of one rank reports when it holds exactly the tensors that were added."""
+    """The checksums that servers report when they hold exactly the tensors that were added."""
 
-    def __init__(self, hf_names: Iterable[str]) -> None:
-        self.values: dict[str, str] = {}
-        self._parts: dict[str, dict[tuple[int, int], Tensor | None]] = {}
+    def __init__(self, hf_names: Iterable[str], sizes: Iterable[int] = (1,), kv_heads: int = 1) -> None:
+        """``sizes``: how many ranks servers have; ``kv_heads``: key-value heads of the model."""
+        self.values: dict[Shard, dict[str, str]] = {
+            Shard(rank, size, kv_heads): {} for size in set(sizes) for rank in range(size)
+        }
+        self._parts: dict[str, dict[tuple[int, int], tuple[str, Tensor] | None]] = {}
         for name in hf_names:
             parameter, place = server_parameter(name)
             self._parts.setdefault(parameter, {})[place] = None
@@ -72,27 +74,38 @@ class Checksums:
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a copy of ``tensor``; a parameter is hashed and forgotten as soon as it is whole, scales included."""
         parameter, place = server_parameter(name)
-        self._parts[parameter][place] = tensor.clone()
+        self._parts[parameter][place] = name, tensor.clone()
         weight = parameter.removesuffix(SCALE_SUFFIX)
         needed = [key for key in (weight, weight + SCALE_SUFFIX) if key in self._parts]
         if any(part is None for key in needed for part in self._parts[key].values()):
             return
-        value, *scale = (_assemble(key, self._parts.pop(key)) for key in needed)
-        if scale:  # the server hashes what the two stand for
-            value = dequantize(value, scale[0], torch.bfloat16)
-        self.values[weight] = _checksum(value)
+        wholes = [[part for _, part in sorted(self._parts.pop(key).items()) if part is not None] for key in needed]
+        for shard, values in self.values.items():
+            value, *scale = (torch.cat([shard.of(name, tensor) for name, tensor in whole]) for whole in wholes)
+            # the server hashes what weight and scale stand for
+            values[weight] = _checksum(dequantize(value, scale[0], torch.bfloat16) if scale else value)
 
-    def mismatch(self, reported: Mapping[str, str]) -> str | None:
-        """What differs in a server's report; None if nothing does."""
-        wrong = sorted(name for name, value in self.values.items() if reported.get(name) != value)
-        return f"{_some(wrong)} of {len(self.values)} parameters differ from the trainer's" if wrong else None
+    @classmethod
+    def joined(cls, parts: Iterable["Checksums"]) -> "Checksums":
+        """Those of all the tensors that were added to any of them."""
+        whole = cls(())
+        whole.values = {}
+        for part in parts:
+            for shard, values in part.values.items():
+                whole.values[shard] = whole.values.get(shard, {}) | values
+        return whole
 
-
-def _assemble(parameter: str, parts: Mapping[tuple[int, int], Tensor | None]) -> Tensor:
-    whole = torch.cat([part for _, part in sorted(parts.items()) if part is not None])
-    if parameter in ("model.embed_tokens.weight", "lm_head.weight"):
-        whole = torch.nn.functional.pad(whole, (0, 0, 0, -whole.shape[0] % VOCAB_MULTIPLE))
-    return whole
+    def mismatch(self, reported: Sequence[Mapping[str, str]]) -> str | None:
+        """What differs in the reports of a server's ranks; None if nothing does."""
+        shards = [shard for shard in self.values if shard.ranks == len(reported)]
+        if not shards:
+            return f"{len(reported)} ranks report checksums, of another number than the server had"
+        for shard in shards:
+            values, report = self.values[shard], reported[shard.rank]
+            if wrong := sorted(name for name, value in values.items() if report.get(name) != value):
+                where = f" on rank {shard.rank}" if shard.ranks > 1 else ""
+                return f"{_some(wrong)} of {len(values)} parameters differ from the trainer's{where}"
+        return None
 
 
 def _checksum(tensor: Tensor) -> str:

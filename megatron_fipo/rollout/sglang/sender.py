@@ -1,23 +1,19 @@
-"""Rank 0's side of a weight update: one broadcast in flattened buckets, inside a session that all servers hold.
+"""A sender's side of a weight update: its tensors to all servers, broadcast in flattened buckets.
 
-    open        once: a process group of this rank and all ranks of all servers, after comparing their models' names;
-                then pause generation and open SGLang's update session
+    join        once: a process group of this rank and all ranks of all servers
     transfer    per bucket a broadcast beside its HTTP call; the next bucket is filled meanwhile
-    finish      close the session, flush the cache, check version (and checksums), let generation go on, admit
+    dissolve    after a bucket that broke, or for a group of other servers
 
-Every HTTP call has a deadline. A server that refuses, dies or is overdue is condemned with its own words. If that
-happens before the last bucket is through, the group is dissolved, and the others get everything again, from the first
-bucket on, in a new one. Only a server that finished is admitted, so a half-updated one never generates.
+Every HTTP call has a deadline. A server that refuses, dies or is overdue is condemned with its own words.
 """
 
 import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +22,10 @@ from torch import Tensor
 from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets, make_buffers
 from megatron_fipo.rollout.sglang.calls import Answer, Calls, failed, fault
 from megatron_fipo.rollout.sglang.fleet import Fleet
-from megatron_fipo.rollout.sglang.parameters import Checksums, name_mismatch
-from megatron_fipo.rollout.sglang.server import MalformedAnswer, Server, ServerLost, ServerRefused
+from megatron_fipo.rollout.sglang.parameters import Checksums
+from megatron_fipo.rollout.sglang.server import Server, ServerLost, ServerRefused
 from megatron_fipo.rollout.sglang.update_group import UpdateGroup, address_towards, default_backend
+from megatron_fipo.rollout.sglang.update_session import SyncSettings
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +33,6 @@ _JOIN = "/init_weights_update_group"
 _RECEIVE_FAILED = "Failed to receive weights"  # SGLang's words for a broken broadcast, whoever broke it
 _RELEASE_S = 8.0  # for a server to notice that a group's meeting point is gone, or its sender
 _POLL_S = 0.05
-
-
-@dataclass(frozen=True)
-class SyncSettings:
-    """``bucket_bytes``: size of a message, and of each of the sender's two buffers.
-
-    ``pause``: what becomes of requests in flight. "abort" ends them with what they have, "retract" computes their keys
-    and values again under the new weights, "in_place" lets them go on with the old ones.
-    ``check``: compare checksums of all parameters after each update; for servers of one rank each.
-    ``deadline_s``: of every call and its collective; ``join_deadline_s``: for forming the group.
-    ``fault_of``: why a server with this /server_info cannot take these weights; None if it can.
-    """
-
-    bucket_bytes: int = 512 * 2**20
-    pause: str = "retract"
-    check: bool = False
-    deadline_s: float = 120.0
-    join_deadline_s: float = 60.0
-    fault_of: Callable[[Answer], str | None] = lambda info: None
 
 
 @dataclass(frozen=True)
@@ -78,63 +56,34 @@ class _Message:
 
 
 class Sender:
-    """Sends ``buckets`` from ``device`` to the healthy servers of ``fleet``."""
+    """Sends ``buckets`` from ``device`` to servers of ``fleet``, as one of the senders of an update."""
 
-    def __init__(self, buckets: Sequence[Bucket], device: torch.device, fleet: Fleet, settings: SyncSettings) -> None:
-        self._buckets, self._device, self._fleet, self._settings = buckets, device, fleet, settings
-        self._tensor_names = [spec.name for bucket in buckets for spec in bucket.specs]
+    def __init__(
+        self, buckets: Sequence[Bucket], device: torch.device, fleet: Fleet, calls: Calls, settings: SyncSettings
+    ) -> None:
+        self._buckets, self._device, self._fleet, self._calls = buckets, device, fleet, calls
+        self._settings = settings
         self._group_names = (f"megatron-fipo-{secrets.token_hex(4)}-{n}" for n in itertools.count())
-        self._calls = Calls()
         self._group: UpdateGroup | None = None
-        self._versions: dict[Server, str | None] = {}  # of the group's members, in its order: what each must report
+        self._members: list[Server] = []
+        self._sizes: list[int] = []  # of how many ranks each member is
         self._buffers: list[Tensor] = []
-        self._sums: Checksums | None = None
+        self.sums: Checksums | None = None
+        """Of the tensors of the last transfer, with `SyncSettings.check`."""
 
-    def close(self) -> None:
-        self._dissolve()
-        self._calls.close()
+    # --- join --------------------------------------------------------------------------------------------------------
 
-    # --- open --------------------------------------------------------------------------------------------------------
-
-    def open(self) -> bool:
-        """A group and a session with every healthy server; False if no server is left."""
-        while servers := self._fleet.healthy():
-            if not self._is_group_of(servers):
-                self._dissolve()
-                if not self._join(servers):
-                    continue
-            if len(self._each(servers, "the begin of the update", self._begin)) == len(servers):
-                return True
-            self._dissolve()
-        return False
-
-    def _is_group_of(self, servers: Sequence[Server]) -> bool:
-        """Whether the group is that of these servers. One that was restarted since reports another version."""
-        if self._group is None or list(self._versions) != list(servers):
-            return False
-        infos = self._each(servers, "/model_info", lambda server: server.get("/model_info", self._settings.deadline_s))
-        return infos.keys() == self._versions.keys() and all(
-            info.get("weight_version") == self._versions[server] for server, info in infos.items()
-        )
-
-    def _join(self, servers: Sequence[Server]) -> bool:
-        """Form the group; False if a server was condemned instead."""
-        infos = self._each(
-            servers, "/server_info", lambda server: server.get("/server_info", self._settings.deadline_s)
-        )
-        self._check_models(infos)
-        if len(self._not_condemned(servers)) < len(servers):
-            return False
-        ranks = [int(infos[server]["tp_size"]) for server in servers]
+    def join(self, servers: Sequence[Server], sizes: Sequence[int]) -> bool:
+        """Form a group with servers of so many ranks each; False if one was condemned instead."""
         group = UpdateGroup(
             name=next(self._group_names),
-            world_size=1 + sum(ranks),
+            world_size=1 + sum(sizes),
             backend=default_backend(),
             host=address_towards([server.address.url for server in servers]),
             join_timeout_s=self._settings.join_deadline_s,
             timeout_s=self._settings.deadline_s,
         )
-        offsets = dict(zip(servers, itertools.accumulate(ranks, initial=1), strict=False))
+        offsets = dict(zip(servers, itertools.accumulate(sizes, initial=1), strict=False))
         answers = self._calls.start_all(
             servers,
             lambda server: server.post(
@@ -152,7 +101,7 @@ class Sender:
             ),
         )
         if self._meet(group, answers):
-            self._group, self._versions = group, dict.fromkeys(servers)
+            self._group, self._members, self._sizes = group, [*servers], [*sizes]
             return True
         group.close()
         return False
@@ -170,63 +119,40 @@ class Sender:
         if not any(map(failed, pending)) and all_there():
             try:
                 group.open()
-                return len(self._collect(answers, _JOIN)) == len(answers)
+                return len(self._calls.collect(answers, _JOIN)) == len(answers)
             except RuntimeError as error:
                 broken = error
         refused = [server for server, answer in answers.items() if failed(answer)]
         group.close()  # whoever waits in it now fails and answers; a server that is stuck elsewhere does not
         lost = [server for server, answer in answers.items() if isinstance(fault(answer), ServerLost)]
         for server in refused + lost or answers:
-            self._condemn(server, _JOIN, fault(answers[server]) or broken)
+            self._calls.condemn(server, _JOIN, fault(answers[server]) or broken)
         return False
 
-    def _check_models(self, infos: dict[Server, Answer]) -> None:
-        """Condemn servers that have no place for a tensor, or parameters that no tensor fills."""
-        for server, info in infos.items():
-            if info.get("pp_size", 1) != 1:
-                self._condemn(
-                    server, "/server_info", "servers with pipeline stages cannot be updated; use tensor parallelism"
-                )
-            if wrong := self._settings.fault_of(info):
-                self._condemn(server, "/server_info", wrong)
-            if self._settings.check and info["tp_size"] != 1:
-                self._condemn(server, "--check-weights", f"needs servers of one rank, this one has {info['tp_size']}")
-        for server, report in self._each(self._not_condemned(infos), "/weights_checker", self._checksums).items():
-            if wrong := name_mismatch(self._tensor_names, report["ranks"][0]["checksums"]):
-                self._condemn(server, "names of tensors", wrong)
-
-    async def _begin(self, server: Server) -> Answer:
-        """Pause generation and open a session, first closing one that a trainer left open as it died."""
-        deadline = self._settings.deadline_s
-        await server.post("/pause_generation", {"mode": self._settings.pause}, deadline, admin=True)
-        try:
-            return await server.post("/begin_weight_update", {}, deadline, admin=True)
-        except ServerRefused as error:
-            if "already open" not in error.text:
-                raise
-        await server.post("/end_weight_update", {}, deadline, admin=True)
-        return await server.post("/begin_weight_update", {}, deadline, admin=True)
-
-    def _dissolve(self) -> None:
+    def dissolve(self) -> None:
         """Leave the group and let those members forget it that can."""
         if self._group is None:
             return
         self._group.close()
         body = {"group_name": self._group.name}
         answers = self._calls.start_all(
-            self._not_condemned(self._versions),
+            [server for server in self._members if server not in self._fleet.condemned],
             lambda server: server.post("/destroy_weights_update_group", body, _RELEASE_S, admin=True),
         )
         for server, answer in answers.items():  # a refusal says that it has no such group
             if isinstance(lost := fault(answer), ServerLost):
-                self._condemn(server, "/destroy_weights_update_group", lost)
-        self._group, self._versions = None, {}
+                self._calls.condemn(server, "/destroy_weights_update_group", lost)
+        self._group, self._members = None, []
 
     # --- transfer ----------------------------------------------------------------------------------------------------
 
-    def transfer(self, stream: Iterator[tuple[str, Tensor]], version: str) -> bool:
-        """Whether every server has loaded every bucket; if not, some are condemned and the group is dissolved."""
-        self._sums = Checksums(self._tensor_names) if self._settings.check else None
+    def transfer(self, stream: Iterator[tuple[str, Tensor]], version: str | None) -> bool:
+        """Whether every server has loaded every bucket; if not, some are condemned and the group is dissolved.
+
+        ``version`` goes with the last bucket: the label of the weights that are whole with it.
+        """
+        names = [spec.name for bucket in self._buckets for spec in bucket.specs]
+        self.sums = Checksums(names, self._sizes, self._settings.kv_heads) if self._settings.check else None
         capacity = self._settings.bucket_bytes
         buffers = self._buffers or make_buffers(self._buckets, capacity, self._device)
         if self._device.type == "cpu":  # new pages cost about as much as the wire; CUDA's allocator keeps its own
@@ -236,9 +162,9 @@ class Sender:
             if on_wire and not self._arrived(on_wire):
                 return False
             on_wire = self._send(bucket, data, number, version if number == len(self._buckets) else None)
-            if self._sums:
+            if self.sums:
                 for name, tensor in bucket.tensors(data):
-                    self._sums.add(name, tensor)
+                    self.sums.add(name, tensor)
             if bucket.nbytes > capacity:  # a tensor of the export itself, which lasts only until the next
                 if not self._arrived(on_wire):
                     return False
@@ -255,11 +181,11 @@ class Sender:
         }
         # The broadcast ends before its calls do: who is only a victim of it still has the time to say so.
         path, deadline = "/update_weights_from_distributed", self._settings.deadline_s + _RELEASE_S
-        answers = self._calls.start_all(self._versions, lambda server: server.post(path, body, deadline, admin=True))
+        answers = self._calls.start_all(self._members, lambda server: server.post(path, body, deadline, admin=True))
         return _Message(f"bucket {number} of {len(self._buckets)}", answers, self._group.broadcast(data))
 
     def _arrived(self, message: _Message) -> bool:
-        """Wait until a bucket is loaded everywhere. If it breaks, condemn who broke it."""
+        """Wait until a bucket is loaded everywhere. If it breaks, condemn who broke it and leave the group."""
         assert self._group is not None
         answers = message.answers.values()
         waiting = set(answers)
@@ -282,64 +208,6 @@ class Sender:
         faults = {server: error for server, answer in message.answers.items() if (error := fault(answer))}
         victims = {s for s, e in faults.items() if isinstance(e, ServerRefused) and _RECEIVE_FAILED in e.text}
         for server in (faults.keys() - victims) or victims:
-            self._condemn(server, message.name, faults[server])
-        self._dissolve()
+            self._calls.condemn(server, message.name, faults[server])
+        self.dissolve()
         return False
-
-    # --- finish ------------------------------------------------------------------------------------------------------
-
-    def finish(self, version: str) -> None:
-        """Admit each server whose update ends well."""
-        members = list(self._versions)
-        finished = self._each(members, "the end of the update", lambda server: self._end(server, version))
-        for server in finished:
-            self._versions[server] = version
-            self._fleet.admit(server)
-        if len(finished) < len(members):
-            self._dissolve()
-
-    async def _end(self, server: Server, version: str) -> Answer:
-        """Close the session, check what the server holds, and let it generate."""
-        deadline = self._settings.deadline_s
-        await server.post("/end_weight_update", {}, deadline, admin=True)
-        try:
-            await server.post("/flush_cache", {}, deadline, admin=True)
-        except ServerRefused as error:  # requests that go on with their old keys and values hold the cache
-            if self._settings.pause != "in_place":
-                raise
-            log.warning("%s keeps its cache: %s", server, error)
-        info = await server.get("/model_info", deadline)
-        if info.get("weight_version") != version:
-            raise MalformedAnswer(f"it reports version {info.get('weight_version')!r} after the update to {version!r}")
-        if self._sums:
-            report = await self._checksums(server)
-            if wrong := self._sums.mismatch(report["ranks"][0]["checksums"]):
-                raise MalformedAnswer(f"--check-weights: {wrong}")
-        return await server.post("/continue_generation", {}, deadline, admin=True)
-
-    # --- calls -------------------------------------------------------------------------------------------------------
-
-    async def _checksums(self, server: Server) -> Answer:
-        return await server.post("/weights_checker", {"action": "checksum"}, self._settings.deadline_s, admin=True)
-
-    def _each(
-        self, servers: Sequence[Server], step: str, call: Callable[[Server], Coroutine[Any, Any, Answer]]
-    ) -> dict[Server, Answer]:
-        """Answers of the servers that gave one, in order; the others are condemned."""
-        return self._collect(self._calls.start_all(servers, call), step)
-
-    def _collect(self, answers: "dict[Server, Future[Answer]]", step: str) -> dict[Server, Answer]:
-        for server, answer in answers.items():
-            if error := fault(answer):
-                self._condemn(server, step, error)
-        return {server: answer.result() for server, answer in answers.items() if not failed(answer)}
-
-    def _condemn(self, server: Server, step: str, error: Exception | str) -> None:
-        """With the server's own words; one that does not answer is killed, where this process can."""
-        if isinstance(error, ServerLost):
-            server.kill()
-        tail = server.log_tail()
-        self._fleet.condemn(server, f"{step}: {error}" + (f"\nthe end of its log:\n{tail}" if tail else ""))
-
-    def _not_condemned(self, servers: "Sequence[Server] | dict[Server, Any]") -> list[Server]:
-        return [server for server in servers if server not in self._fleet.condemned]

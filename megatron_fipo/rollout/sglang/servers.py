@@ -18,7 +18,8 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.rollout.sglang import launch
+from megatron_fipo.model.hf_config import read_hf_config
+from megatron_fipo.rollout.sglang import launch, models
 from megatron_fipo.rollout.sglang.flags import OLDEST_VERSION
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.process import Process
@@ -148,6 +149,9 @@ def _start(settings: StartSettings, index: int, port: int) -> Server:
 
     environment = {name: value for name, value in os.environ.items() if not _TORCHRUN.fullmatch(name)}
     environment |= {launch.API_KEY: address.api_key, launch.ADMIN_KEY: address.admin_key, "HF_HUB_OFFLINE": "1"}
+    config = read_hf_config(settings.model)
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = models.__name__
     if cuda:
         environment["CUDA_VISIBLE_DEVICES"] = _devices(settings, index)
     log_path = settings.log_folder / f"{socket.gethostname()}_{port}.log"

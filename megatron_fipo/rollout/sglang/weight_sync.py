@@ -1,24 +1,39 @@
-"""The trainer's weights to the servers, as all trainer ranks see it: an export in which all take part, sent by one."""
+"""The trainer's weights to the servers, as all trainer ranks see it.
+
+Each pipeline stage has a sender, the first of its ranks, with an update group of its own: a tensor is gathered from the
+tensor-parallel and expert ranks of its stage and goes to the servers from there. The stages send in turn (a server
+takes one message at a time), between one begin and one end, which are those of the first stage's sender.
+
+If a server fails before the last bucket is through, all groups are dissolved, and the other servers get everything
+again, from the first bucket on, in new ones. Only a server that finished is admitted, so a half-updated one never
+generates.
+"""
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.rollout.sglang.buckets import TensorSpec, plan_buckets
+from megatron_fipo.rollout.sglang.calls import Calls
 from megatron_fipo.rollout.sglang.fleet import Fleet
-from megatron_fipo.rollout.sglang.sender import Sender, SyncSettings
+from megatron_fipo.rollout.sglang.parameters import Checksums
+from megatron_fipo.rollout.sglang.sender import Sender
+from megatron_fipo.rollout.sglang.server import Server
+from megatron_fipo.rollout.sglang.update_session import SyncSettings, UpdateSession
 
 WeightStream = Iterator[tuple[str, Tensor]]
+T = TypeVar("T")
+
+_TURN = timedelta(hours=2)  # far beyond what the senders' own deadlines allow a turn to take
 
 
 class WeightSync:
-    """Publishes weights to the healthy servers of a fleet.
-
-    Trainer rank 0 sends. The export brings every tensor whole to it, from all tensor-parallel ranks, experts and
-    pipeline stages; what it holds at once is a tensor and two buckets.
-    """
+    """Publishes weights to the healthy servers of a fleet."""
 
     def __init__(
         self,
@@ -26,40 +41,49 @@ class WeightSync:
         fleet: Fleet,
         settings: SyncSettings,
         quantize: Callable[[WeightStream], WeightStream] | None = None,
+        stage: int = 0,
     ) -> None:
-        """
+        """Collective over all ranks.
+
         Args:
-            export: the weights under their HF names, always in the same order; collective over all ranks.
+            export: the weights of this rank's pipeline stage under their HF names, always in the same order; collective
+                over the ranks of the stage, and whole on each.
             quantize: turns them into what the servers load, where that is another format than the trainer's.
+            stage: this rank's pipeline stage.
         """
         self._export = (lambda: quantize(export())) if quantize else export
-        self._fleet, self._settings = fleet, settings
-        self._sender: Sender | None = None
-        self._listed = False
+        self._fleet, self._settings, self._stage = fleet, settings, stage
+        self._sender: Sender | None = None  # of the stage, on the rank that sends for it
+        self._session: UpdateSession | None = None  # on the first stage's sender
+        self._calls: Calls | None = None
+        self._talk: Any = None  # a process group
+        self._leaders = [0]
+        """The rank that sends, for each stage."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._talk = dist.new_group(backend="gloo", timeout=_TURN)
+            stages: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(stages, stage, group=self._talk)
+            self._leaders = [stages.index(i) for i in range(max(stages) + 1)]
+        self._stages = range(len(self._leaders))
 
     def publish(self, version: int) -> None:
         """Give the weights to all healthy servers and admit those that hold all of them; collective over all ranks.
 
         Raises nothing for a server's fault: that server is condemned with the reason, and the others are updated.
         """
-        if not self._listed:
+        if self._calls is None:
             self._list_tensors()
-        while self._agree(self._sender is not None and self._sender.open()):
-            stream = self._export()
-            sent = self._sender is not None and self._sender.transfer(stream, str(version))
-            for _ in stream:  # to its end on every rank, whatever happened: it is a collective
-                pass
-            if self._agree(sent):
-                break
-        else:
-            return
-        if self._sender:
-            self._sender.finish(str(version))
+        while servers := self._open():
+            if all(self._send(stage, str(version)) for stage in self._stages):
+                self._finish(servers, str(version))
+                return
 
     def close(self) -> None:
-        """Dissolve the group with the servers."""
+        """Dissolve the groups with the servers."""
         if self._sender:
-            self._sender.close()
+            self._sender.dissolve()
+        if self._calls:
+            self._calls.close()
 
     def _list_tensors(self) -> None:
         """Record names, dtypes and shapes once: sizes on both sides follow from this one list."""
@@ -67,16 +91,66 @@ class WeightSync:
         for name, tensor in self._export():
             layout.append(TensorSpec.of(name, tensor))
             device = tensor.device
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            self._sender = Sender(
-                plan_buckets(layout, self._settings.bucket_bytes), device, self._fleet, self._settings
-            )
-        self._listed = True
+        names: list[str] = []
+        for stage in self._stages:
+            names += self._told_by(stage, [spec.name for spec in layout], list)
+        self._calls = Calls(self._fleet)
+        if self._leads(self._stage):
+            buckets = plan_buckets(layout, self._settings.bucket_bytes)
+            self._sender = Sender(buckets, device, self._fleet, self._calls, self._settings)
+        if self._leads(0):
+            self._session = UpdateSession(names, self._fleet, self._calls, self._settings)
 
-    def _agree(self, value: bool) -> bool:
-        """Rank 0's value, on every rank."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            told = torch.tensor([value], dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
-            dist.broadcast(told, src=0)
-            value = bool(told.item())
-        return value
+    def _open(self) -> list[Server]:
+        """Groups and a session with all healthy servers, which it returns; nothing if none is left."""
+        while servers := self._fleet.healthy():
+            if not self._told_by(0, self._session, UpdateSession.is_current, servers):
+                for stage in self._stages:
+                    self._told_by(stage, self._sender, Sender.dissolve)
+                if servers != self._fleet.healthy() or not self._join(servers):
+                    continue
+            if self._told_by(0, self._session, UpdateSession.begin, servers):
+                return servers
+        return []
+
+    def _join(self, servers: list[Server]) -> bool:
+        """False if a server was condemned."""
+        sizes = self._told_by(0, self._session, UpdateSession.check_models, servers)
+        return len(sizes) == len(servers) and all(
+            self._told_by(stage, self._sender, Sender.join, servers, sizes) for stage in self._stages
+        )
+
+    def _send(self, stage: int, version: str) -> bool:
+        """A stage's turn; False if a server was condemned."""
+        sent = False
+        if stage == self._stage:
+            stream = self._export()
+            if self._sender:
+                sent = self._sender.transfer(stream, version if stage == self._stages[-1] else None)
+            for _ in stream:  # to its end on every rank, whatever happened: it is a collective
+                pass
+        return self._told_by(stage, sent, bool)
+
+    def _finish(self, servers: list[Server], version: str) -> None:
+        sums = None
+        if self._settings.check:
+            sums = Checksums.joined(self._told_by(stage, self._sender, attrgetter("sums")) for stage in self._stages)
+        self._told_by(0, self._session, UpdateSession.finish, servers, version, sums)
+
+    def _leads(self, stage: int) -> bool:
+        return self._talk is None or dist.get_rank() == self._leaders[stage]
+
+    def _told_by(self, stage: int, part: Any, say: Callable[..., T], *args: Any) -> T:
+        """``say(part, ...)`` of a stage's sender, which alone has that part, on every rank; whom it has condemned by
+        then is condemned everywhere."""
+        message: list[Any] = [None]
+        if self._leads(stage):
+            said = say(part, *args)
+            condemned = {self._fleet.servers.index(server): why for server, why in self._fleet.condemned.items()}
+            message = [(said, condemned)]
+        if self._talk is not None:
+            dist.broadcast_object_list(message, src=self._leaders[stage], group=self._talk)
+        said, condemned = message[0]
+        for i, reason in condemned.items():
+            self._fleet.condemn(self._fleet.servers[i], reason)
+        return said

@@ -1,0 +1,130 @@
+"""How well a step uses the machine: tokens and floating-point operations per second, full packs, memory."""
+
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.data.planning import UpdatePlan
+from megatron_fipo.model.cost import CostModel
+from megatron_fipo.rollout.rollout import Rollout
+
+# Dense peaks of NVIDIA's data sheets in TFLOP/s, (bf16, fp8), by a part of torch's device name; the first match counts.
+# None: the device has no fp8.
+PEAK_TFLOPS: dict[str, tuple[float, float | None]] = {
+    "GB300": (2500.0, 5000.0),
+    "GB200": (2500.0, 5000.0),
+    "B300": (2250.0, 4500.0),
+    "B200": (2250.0, 4500.0),
+    "B100": (1750.0, 3500.0),
+    "GH200": (989.4, 1978.9),
+    "H200 NVL": (835.5, 1670.9),
+    "H200": (989.4, 1978.9),
+    "H800 PCIe": (756.5, 1513.0),
+    "H800": (989.4, 1978.9),
+    "H100 NVL": (835.5, 1670.9),
+    "H100 PCIe": (756.5, 1513.0),
+    "H100": (989.4, 1978.9),
+    "H20": (148.0, 296.0),
+    "A100": (312.0, None),
+    "A800": (312.0, None),
+    "L40S": (362.1, 733.0),
+    "L4": (121.0, 242.5),
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Operations per second of one device, ``precision`` "bf16" or "fp8"; None if no peak is known, as for fp32."""
+    words = device_name.replace("-", " ")
+    for name, (bf16, fp8) in PEAK_TFLOPS.items():
+        if f" {name} " in f" {words} ":
+            peak = {"bf16": bf16, "fp8": fp8}.get(precision)
+            return None if peak is None else peak * 1e12
+    return None
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """cost: operations of a sequence. ranks: processes of the job. pack_tokens: budget of a micro-batch in tokens.
+    peak: operations per second of the device at best, None if not known."""
+
+    cost: CostModel
+    ranks: int
+    pack_tokens: int
+    peak: float | None
+
+    def metrics(
+        self, rollout: Rollout, plan: Sequence[UpdatePlan], iterations: int, times: Mapping[str, float]
+    ) -> dict[str, float]:
+        """ "perf/..." of one step, whose samples were trained on ``iterations`` times.
+
+        Seconds are those of rollout and training together, evaluation and saving left out; "train" is old_logp and
+        update alone. Operations are the model's own: what activation recomputation repeats is not counted.
+        """
+        seconds = times["time/step"] - times.get("time/eval", 0.0) - times.get("time/checkpoint", 0.0)
+        train_seconds = times["time/old_logp"] + times["time/update"]
+        generated = rollout.generated
+        rates = {
+            "response_tokens_per_second": generated.response_tokens.sum().item() / seconds,
+            "total_tokens_per_second": generated.tokens.sum().item() / seconds,
+        }
+        per_rank = {f"{name}_per_rank": rate / self.ranks for name, rate in rates.items()}
+        training = self.training_flops(rollout, iterations) / self.ranks
+        step = training + self.rollout_flops(rollout) / self.ranks
+        per_rank["train_tflops_per_rank"] = training / train_seconds / 1e12
+        per_rank["tflops_per_rank"] = step / seconds / 1e12
+        if self.peak is not None:
+            per_rank["train_mfu"] = training / train_seconds / self.peak
+            per_rank["mfu"] = step / seconds / self.peak
+        values = rates | per_rank | self.packing(rollout, plan)
+        return {f"perf/{name}": value for name, value in values.items()}
+
+    def training_flops(self, rollout: Rollout, iterations: int) -> float:
+        """Of old_logp's forward pass and ``iterations`` updates, forward and twice that backward, over all ranks.
+
+        Logits are computed for response tokens only.
+        """
+        forward = sum(self.cost.sequence(n) for n in rollout.packed_length_S.tolist())
+        no_logits = rollout.packed_length_S.sum().item() - rollout.response_tokens_S.sum().item()
+        return (forward - self.cost.logits * no_logits) * (1 + 3 * iterations)
+
+    def rollout_flops(self, rollout: Rollout) -> float:
+        """Of generating every sample, kept or not: prompt and response pass the model once.
+
+        The last token is not fed back; of the prompt only the last position needs logits.
+        """
+        generated = rollout.generated
+        forward = sum(self.cost.sequence(int(n) - 1) for n in generated.tokens.tolist())
+        no_logits = (generated.tokens - generated.response_tokens - 1).sum().item()
+        return forward - self.cost.logits * no_logits
+
+    def packing(self, rollout: Rollout, plan: Sequence[UpdatePlan]) -> dict[str, float]:
+        """packing_efficiency: tokens as a share of what the packs had room for; padding_fraction: positions that hold
+        no token, among them those of dummy packs."""
+        tokens = padded = room = 0
+        for update in plan:
+            for pack in (pack for packs in update.micro_batches for pack in packs):
+                lengths = rollout.packed_length_S[list(pack)]
+                positions = sum(-(-n // update.alignment) * update.alignment for n in lengths.tolist())
+                positions = positions or update.alignment  # a dummy
+                tokens += int(lengths.sum())
+                padded += positions
+                room += max(self.pack_tokens, positions)
+        return {"packing_efficiency": tokens / room, "padding_fraction": 1 - tokens / padded}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes that the worst of all ranks allocated on its device at most since the last call; collective.
+
+    Without a device: the largest resident size of a process since it started.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    worst = torch.tensor(float(peak), dtype=torch.float64, device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.item()

@@ -162,7 +162,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_rollout_folders(args)
     _check_save_hf(args)
     if args.rollout_engine == "sglang":
-        check_rollout_weights(args)
+        check_rollout_weights(args, training=training)
 
 
 def _check_prompts(args: argparse.Namespace) -> None:

@@ -199,6 +199,36 @@ def sample_of(tokens):
     return Sample(0, 0, np.array(tokens, np.int32), np.ones(n, bool), np.zeros(n, np.float32), "stop", (), 0.0, False)
 
 
+def test_a_server_that_shares_the_device_gets_handles_of_memory(servers, build_model):
+    """Here of shared memory. It sleeps while the trainer trains, generates after an update, and dies of a wrong one."""
+    from megatron_fipo.checkpoint.hf import export_hf_weights
+    from megatron_fipo.rollout.sglang.colocated import ColocatedSync
+
+    (server,) = servers["victim"]
+    chunks, fleet = build_model(servers.model("victim")[0]), Fleet([server])
+    sync = ColocatedSync(
+        lambda: export_hf_weights(chunks, V), fleet, SyncSettings(bucket_bytes=BUCKET, check=True), server
+    )
+    for version in (1, 2):
+        publish(sync, fleet, version)
+        assert fleet.serving() == [server], fleet.reasons()
+        check_is_trainer(server, chunks, version)
+        sync.sleep()
+        assert fleet.serving() == [] and fleet.healthy() == [server]
+        perturb(chunks, version)
+        sync.wake()
+    publish(sync, fleet, 3)
+    check_is_trainer(server, chunks, 3)
+    sync.close()
+    wrong = weights_of(chunks) | {"model.norm.weight": torch.ones(32)}
+    settings = SyncSettings(bucket_bytes=BUCKET, deadline_s=60.0)
+    sync = ColocatedSync(export_of(wrong), fleet, settings, server)
+    publish(sync, fleet, 4)
+    sync.close()
+    assert fleet.serving() == [] and "bucket" in fleet.condemned[server]
+    assert not server.alive()
+
+
 def test_a_tensor_that_does_not_fit_leaves_nobody_serving(servers, trainer):
     """Both servers refuse it, in the middle of an update. They come back with a whole one."""
     fleet = fleet_of(*servers["qwen2"])

@@ -155,6 +155,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         help="embedded: the training weights; sglang: SGLang servers, which get the weights after every step",
     )
     group.add_argument("--sglang-servers", type=int, metavar="N", help="SGLang servers to start on each node")
+    group.add_argument(
+        "--sglang-colocate", action="store_true", help="started servers share the GPUs of the trainer's ranks, in turn"
+    )
     group.add_argument("--sglang-url", nargs="+", metavar="URL", help="running SGLang servers to use instead")
     group.add_argument(
         "--sglang-host",

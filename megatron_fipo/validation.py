@@ -322,14 +322,16 @@ def model_parallel_size(args: argparse.Namespace) -> int:
 def _check_engine(args: argparse.Namespace) -> None:
     given = [f for f in ("--sglang-servers", "--sglang-url") if getattr(args, f[2:].replace("-", "_")) is not None]
     if args.rollout_engine != "sglang":
-        if given or args.sglang_flags:
-            flag = (*given, *(f"--sglang-{f[2:]}" for f in args.sglang_flags))[0]
+        if given or args.sglang_flags or args.sglang_colocate:
+            flag = (*given, *(f"--sglang-{f[2:]}" for f in args.sglang_flags), "--sglang-colocate")[0]
             raise UserError(f"{flag} needs --rollout-engine sglang")
         return
     if len(given) != 1:
         raise UserError(
             "--rollout-engine sglang needs either --sglang-servers N (start N on each node) or --sglang-url URL..."
         )
+    if args.sglang_colocate and args.sglang_url is not None:
+        raise UserError("--sglang-colocate is for servers that are started here; use --sglang-servers N")
     if args.sglang_url is not None:
         passed = [flag for flag in args.sglang_flags if flag.startswith("--") and flag not in DESCRIBING]
         if passed or args.sglang_port:

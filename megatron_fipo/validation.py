@@ -72,7 +72,6 @@ _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
     "--exit-": "a run ends after --num-steps, and on SIGTERM or SIGUSR1 with all it has",
     "--non-persistent-": "use --save-interval and --keep-last",
-    "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--fp4-": "FP4 training is not supported yet; leave it out",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
@@ -149,6 +148,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_parallel(args)
     _check_fp8(args)
     _check_engine(args)
+    _check_trackers(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
     if not args.hf_model:
@@ -163,6 +163,17 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_save_hf(args)
     if args.rollout_engine == "sglang":
         check_rollout_weights(args, training=training)
+
+
+def _check_trackers(args: argparse.Namespace) -> None:
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"--wandb-project {args.wandb_project}: Weights & Biases is not installed; run "
+            f"pip install 'megatron-fipo[wandb]', or leave it out"
+        )
+    for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
+        if getattr(args, name) and not args.wandb_project:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} needs --wandb-project")
 
 
 def _check_prompts(args: argparse.Namespace) -> None:

@@ -155,6 +155,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         help="embedded: the training weights; sglang: SGLang servers, which get the weights after every step",
     )
     group.add_argument("--sglang-servers", type=int, metavar="N", help="SGLang servers to start on each node")
+    group.add_argument(
+        "--sglang-colocate", action="store_true", help="started servers share the GPUs of the trainer's ranks, in turn"
+    )
     group.add_argument("--sglang-url", nargs="+", metavar="URL", help="running SGLang servers to use instead")
     group.add_argument(
         "--sglang-host",
@@ -308,6 +311,9 @@ def _derive(args: argparse.Namespace, training: bool) -> None:
         args.apply_rope_fusion = args.moe_grouped_gemm = False
     _find_start(args, training)
     args.load = None  # we load after the model is built, see checkpoint/state.py
+    names = {"project": "project", "name": "exp_name", "entity": "entity", "dir": "save_dir"}
+    args.wandb = {name: getattr(args, f"wandb_{flag}") for name, flag in names.items()}
+    args.wandb_project = None  # Megatron would start a run of its own on the last rank
     if args.save_interval:
         args.save = str(RunFolder(Path(args.runs_dir), args.run_name).checkpoints)
 

@@ -31,6 +31,7 @@ from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.efficiency import Efficiency, peak_flops
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.observe.timers import PhaseTimer
+from megatron_fipo.observe.trackers import open_trackers
 from megatron_fipo.observe.writers import MetricWriter
 from megatron_fipo.parallel.interruption import Interruption
 from megatron_fipo.parallel.replicas import Replicas
@@ -112,7 +113,7 @@ def open_session(args: argparse.Namespace, inputs: Inputs) -> Session:
         reference = ReferenceWeights(chunks, args.reference_model or args.hf_model)
     loss = loss_config(args)
     records = first and not args.rollout_only
-    writer = _open_writer(args, folder, state) if records else None
+    writer = _open_writer(args, folder, state, console) if records else None
     stop = inputs.answers.stop_token_ids
     engine = open_engine(args, folder, chunks, replicas)
     return Session(
@@ -223,12 +224,12 @@ def _efficiency(args: argparse.Namespace) -> Efficiency:
     return Efficiency(cost_model(args), args.world_size, args.max_tokens_per_microbatch, peak)
 
 
-def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState) -> MetricWriter:
+def _open_writer(args: argparse.Namespace, folder: RunFolder, state: LoopState, console: Console) -> MetricWriter:
     folder.truncate_after(state.step or -1)  # of an interrupted run that starts over, nothing stays
     folder.summary.unlink(missing_ok=True)
     folder.write_arguments(vars(args))
     folder.write_environment()
-    return MetricWriter(folder)
+    return MetricWriter(folder, open_trackers(args.wandb, folder, console.note, continues=state.step > 0))
 
 
 @contextlib.contextmanager

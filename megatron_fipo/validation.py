@@ -72,7 +72,6 @@ _REFUSED_FAMILIES = {
     "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
     "--exit-": "a run ends after --num-steps, and on SIGTERM or SIGUSR1 with all it has",
     "--non-persistent-": "use --save-interval and --keep-last",
-    "--wandb-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
     "--fp4-": "FP4 training is not supported yet; leave it out",
     "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
@@ -149,6 +148,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_parallel(args)
     _check_fp8(args)
     _check_engine(args)
+    _check_trackers(args)
     if args.dry_run and not args.hf_model and not args.prompt_data:
         return  # a preset's arithmetic needs no model
     if not args.hf_model:
@@ -162,7 +162,18 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_rollout_folders(args)
     _check_save_hf(args)
     if args.rollout_engine == "sglang":
-        check_rollout_weights(args)
+        check_rollout_weights(args, training=training)
+
+
+def _check_trackers(args: argparse.Namespace) -> None:
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"--wandb-project {args.wandb_project}: Weights & Biases is not installed; run "
+            f"pip install 'megatron-fipo[wandb]', or leave it out"
+        )
+    for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
+        if getattr(args, name) and not args.wandb_project:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} needs --wandb-project")
 
 
 def _check_prompts(args: argparse.Namespace) -> None:
@@ -322,14 +333,16 @@ def model_parallel_size(args: argparse.Namespace) -> int:
 def _check_engine(args: argparse.Namespace) -> None:
     given = [f for f in ("--sglang-servers", "--sglang-url") if getattr(args, f[2:].replace("-", "_")) is not None]
     if args.rollout_engine != "sglang":
-        if given or args.sglang_flags:
-            flag = (*given, *(f"--sglang-{f[2:]}" for f in args.sglang_flags))[0]
+        if given or args.sglang_flags or args.sglang_colocate:
+            flag = (*given, *(f"--sglang-{f[2:]}" for f in args.sglang_flags), "--sglang-colocate")[0]
             raise UserError(f"{flag} needs --rollout-engine sglang")
         return
     if len(given) != 1:
         raise UserError(
             "--rollout-engine sglang needs either --sglang-servers N (start N on each node) or --sglang-url URL..."
         )
+    if args.sglang_colocate and args.sglang_url is not None:
+        raise UserError("--sglang-colocate is for servers that are started here; use --sglang-servers N")
     if args.sglang_url is not None:
         passed = [flag for flag in args.sglang_flags if flag.startswith("--") and flag not in DESCRIBING]
         if passed or args.sglang_port:

@@ -10,7 +10,7 @@ from megatron_fipo.observe.svg import Band, Chart, Line
 
 COLORS = 8  # `--c0` ... `--c7` of the page
 
-PHASES = ("rollout", "old_logp", "update", "eval", "checkpoint")  # order of the stack
+PHASES = ("rollout", "old_logp", "reference", "update", "eval", "checkpoint")  # order of the stack
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ class Efficiency:
     ) -> dict[str, float]:
         """ "perf/..." of one step, whose samples were trained on ``iterations`` times.
 
-        Seconds are those of rollout and training together, evaluation and saving left out; "train" is old_logp and
-        update alone. Operations are the model's own: what activation recomputation repeats is not counted.
+        Seconds are those of the step without evaluation and saving; "train" is old_logp and update alone. Operations
+        are the model's own: what activation recomputation repeats is not counted. A reference model, if there is a
+        phase for one, is taken to be of the same architecture.
         """
         seconds = times["time/step"] - times.get("time/eval", 0.0) - times.get("time/checkpoint", 0.0)
         train_seconds = times["time/old_logp"] + times["time/update"]
@@ -73,6 +74,8 @@ class Efficiency:
         per_rank = {f"{name}_per_rank": rate / self.ranks for name, rate in rates.items()}
         training = self.training_flops(rollout, iterations) / self.ranks
         step = training + self.rollout_flops(rollout) / self.ranks
+        if "time/reference" in times:
+            step += self.forward_flops(rollout) / self.ranks
         per_rank["train_tflops_per_rank"] = training / train_seconds / 1e12
         per_rank["tflops_per_rank"] = step / seconds / 1e12
         if self.peak is not None:
@@ -82,13 +85,14 @@ class Efficiency:
         return {f"perf/{name}": value for name, value in values.items()}
 
     def training_flops(self, rollout: Rollout, iterations: int) -> float:
-        """Of old_logp's forward pass and ``iterations`` updates, forward and twice that backward, over all ranks.
+        """Of old_logp's forward pass and ``iterations`` updates, forward and twice that backward, over all ranks."""
+        return self.forward_flops(rollout) * (1 + 3 * iterations)
 
-        Logits are computed for response tokens only.
-        """
+    def forward_flops(self, rollout: Rollout) -> float:
+        """Of one pass over the samples to train on; logits are computed for response tokens only."""
         forward = sum(self.cost.sequence(n) for n in rollout.packed_length_S.tolist())
         no_logits = rollout.packed_length_S.sum().item() - rollout.response_tokens_S.sum().item()
-        return (forward - self.cost.logits * no_logits) * (1 + 3 * iterations)
+        return forward - self.cost.logits * no_logits
 
     def rollout_flops(self, rollout: Rollout) -> float:
         """Of generating every sample, kept or not: prompt and response pass the model once.

@@ -1,7 +1,8 @@
-"""Metrics of each step to metrics.jsonl and TensorBoard, sampled answers to samples.jsonl."""
+"""Metrics of each step to metrics.jsonl, TensorBoard and trackers, sampled answers to samples.jsonl."""
 
+import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -10,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_fipo.observe.alarms import HISTORY
 from megatron_fipo.observe.run_folder import RunFolder, read_jsonl, to_json_line
+from megatron_fipo.observe.trackers import Tracker
 
 
 class MetricWriter:
@@ -21,7 +23,7 @@ class MetricWriter:
     counted from the start of the run. `history` holds the last rows, those from before a resume included.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, trackers: Sequence[Tracker] = ()) -> None:
         folder.create()
         rows = read_jsonl(folder.metrics)[0] if folder.metrics.exists() else []
         self.history: deque[dict[str, Any]] = deque(rows, maxlen=HISTORY)
@@ -29,6 +31,7 @@ class MetricWriter:
         self._metrics = _append(folder.metrics)
         self._samples = _append(folder.samples)
         purge_step = rows[-1]["step"] + 1 if rows else 0
+        self._trackers = trackers
         self._steps = SummaryWriter(str(folder.tensorboard / "steps"), purge_step=purge_step)
         self._updates = SummaryWriter(str(folder.tensorboard / "updates"), purge_step=self._updates_done)
 
@@ -62,6 +65,9 @@ class MetricWriter:
             for key, value in update.items():
                 self._updates.add_scalar(key, value, self._updates_done)
             self._updates_done += 1
+        for tracker in self._trackers:
+            finite = {key: value for key, value in scalars.items() if key != "time" and math.isfinite(value)}
+            tracker.log(step, finite)
         self._steps.flush()
         self._updates.flush()
 
@@ -77,6 +83,8 @@ class MetricWriter:
         self._samples.close()
         self._steps.close()
         self._updates.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _append(path: Path) -> TextIO:

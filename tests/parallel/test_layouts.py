@@ -159,10 +159,18 @@ def run_cases(
     )
     return {
         name: (
-            json.loads((folder / run_name(name) / "metrics.jsonl").read_text().splitlines()[-1]),
+            last_row(folder / run_name(name)),
             load_file(folder / run_name(name) / "hf" / "model.safetensors"),
         )
         for name in layouts
+    }
+
+
+def last_row(run: Path) -> dict:
+    """The metrics of the last step, with the influence weights that it left of single samples."""
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) | {
+        "samples": [sample["influence"] for sample in samples]
     }
 
 
@@ -173,10 +181,16 @@ def check_equal(found: tuple[dict, dict], expected: tuple[dict, dict], name: str
         [metrics, *metrics["updates"]], [expected_metrics, *expected_metrics["updates"]], strict=True
     ):
         for key, value in reference.items():
-            if key.startswith(("actor/", "fipo/", "mismatch/", "correction/", "reward/")):
+            if key.startswith(("actor/", "fipo/", "mismatch/", "correction/", "reward/", "advantage/")):
                 # Quantiles come from histograms: a value may fall into the neighbouring bin.
                 bin_width = 3e-3 if "_p" in key or "median" in key else 0.0
                 assert update[key] == pytest.approx(value, rel=tolerance + bin_width, abs=tolerance), (name, key)
+    # two of a loss with influence weights
+    assert len(metrics["samples"]) == (2 if "fipo/active_fraction" in metrics else 0), name
+    for weights_of_sample, expected_weights_of_sample in zip(
+        metrics["samples"], expected_metrics["samples"], strict=True
+    ):
+        assert weights_of_sample == pytest.approx(expected_weights_of_sample, abs=3e-4), name  # written with 4 digits
     for weight, value in expected_weights.items():
         # Where a gradient is next to 0, Adam (eps 1e-6, rate 1e-3) makes 2e-5 of a rounding by 2e-8.
         gap = (weights[weight] - value).abs()

@@ -1,5 +1,8 @@
 """Every metric of a step against a direct float64 computation on the whole batch, in several layouts and packings."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +58,14 @@ def test_the_data_reach_every_number(reports):
     first, *later = metrics["updates"]
     assert first["fipo/active_fraction"] == 0 and all(update["fipo/active_fraction"] > 0.5 for update in later)
     assert all(report[name]["memory"] > 2**27 for report in reports for name in LAYOUTS)
+
+
+def test_the_page_names_every_metric(reports):
+    """In full, or by the end that differs from the name before it."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    names = [name.lstrip(".") for name in re.findall(r"`([^`]+)`", page) if len(name) > 3]
+    keys = set(reports[0]["DP2 CP1 one micro-batch"]["metrics"]) - {"updates"}
+    assert not [key for key in keys if not any(key.endswith(name) for name in names)]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

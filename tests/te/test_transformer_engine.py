@@ -15,7 +15,7 @@ sys.path.append(str(TESTS / "parallel"))
 from test_layouts import written_rollout  # noqa: E402
 
 PYTHON = Path(os.environ.get("TE_CPU", sys.prefix + "-te")) / "bin" / "python"
-CASES = 58
+CASES = 55
 
 
 def te_environment() -> dict[str, str]:

@@ -65,7 +65,7 @@ FLAGS = [
     ("--seq-length 4096", "--max-prompt-tokens and --rollout-max-tokens"),
     ("--save out", "use --runs-dir and --run-name"),
     ("--data-path corpus", "give prompts with --prompt-data"),
-    ("--wandb-project x", "metrics.jsonl"),
+    ("--wandb-project x", "pip install 'megatron-fipo[wandb]'"),
     ("--tensor-model-parallel-size 3", "attention heads"),
     ("--load nowhere", "nowhere holds no whole checkpoint"),
     ("--load . --finetune", "no Megatron checkpoint"),

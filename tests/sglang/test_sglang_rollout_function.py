@@ -12,10 +12,10 @@ from megatron_fipo.rollout.engine import SamplingParams
 
 
 async def turns(dialogue):
-    """Goes on for a number of turns of its own; the words are w0, w1, ..."""
+    """Goes on for a number of turns of its own."""
     for number in range(len(dialogue.prompt.tokens) % 3 + 1):
         await dialogue.generate(max_tokens=5 + number, stop=["w1"])
-        dialogue.insert(f"w{40 + number} w7")
+        dialogue.insert([40 + number, 7])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

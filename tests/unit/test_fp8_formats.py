@@ -272,7 +272,7 @@ def parse(hf, *words):
 
 
 def test_a_run_says_in_what_numbers_it_computes(folders):
-    from megatron_fipo.arguments import batch_arithmetic
+    from megatron_fipo.arithmetic import batch_arithmetic
 
     bf16, fp8 = folders
     args = parse(bf16, "--sglang-servers", 1)
@@ -354,4 +354,5 @@ def test_checksums_are_those_of_the_values():
     tensors = dict(sent)
     values = [dequantize(tensors[name], tensors[f"{name}_scale_inv"], torch.bfloat16) for name in names]
     expected = hashlib.sha256(torch.cat(values).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-    assert sums.values == {"model.layers.0.mlp.gate_up_proj.weight": expected}
+    assert sums.mismatch([{"model.layers.0.mlp.gate_up_proj.weight": expected}]) is None
+    assert "gate_up_proj.weight of 1 parameters differ" in sums.mismatch([{}])

@@ -200,7 +200,7 @@ def sample_of(tokens):
 
 
 def test_a_server_that_shares_the_device_gets_handles_of_memory(servers, build_model):
-    """Here of shared memory. It sleeps while the trainer trains, generates after an update, and dies of a wrong one."""
+    """Here of shared memory. It generates after an update only, and dies of a wrong one."""
     from megatron_fipo.checkpoint.hf import export_hf_weights
     from megatron_fipo.rollout.sglang.colocated import ColocatedSync
 

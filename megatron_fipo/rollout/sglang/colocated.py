@@ -144,7 +144,8 @@ class ColocatedSync:
     def sleep(self) -> None:
         """Let the servers give back their memory, weights included: from now on they need an update to generate."""
         self._fleet.withdraw()
-        self._asleep = self._asked("/release_memory_occupation", self._release)
+        if torch.cuda.is_available():  # a server on a CPU has nothing to give back, and dies of being asked
+            self._asleep = self._asked("/release_memory_occupation", self._release)
 
     def wake(self) -> None:
         """Let the servers take their memory again."""

@@ -160,7 +160,7 @@ def _start(settings: StartSettings, index: int, port: int) -> Server:
 
 
 def _devices(settings: StartSettings, index: int) -> str:
-    """The GPUs of one server, one for each of its ranks, from `first_gpu` on. Raises UserError if there are too few."""
+    """The GPUs of one server, the next as many as it has ranks. Raises UserError if there are not enough."""
     size = tensor_parallel_size(settings.flags)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]

@@ -2,9 +2,11 @@
 # FIPO on Qwen2.5-32B-Base with the published recipe (arXiv 2603.19835): 16 nodes of 8 H100 with 80 GB.
 #
 #   HF_MODEL=/models/Qwen2.5-32B PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
-#   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen2.5_32b.sh             # and so on, on every node
+#   SGLANG_URLS="http://node16:30000 http://node17:30000" \
+#   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen2.5_32b.sh          # and so on, on every node
+# Further nodes generate: examples/sglang_server.sh on each, as SGLANG_URLS names them.
 #
-# The smallest cluster that fits is NNODES=2 with --rollout-max-running 32; tools/plan_run.py forecasts others.
+# The smallest cluster that fits is NNODES=2; tools/plan_run.py forecasts others.
 # Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
 # same command started again goes on from the run's newest checkpoint.
 set -euo pipefail
@@ -42,10 +44,9 @@ if [[ -n ${EVAL_DATA:-} ]]; then # NAME:PATH:N, or several of them with spaces b
     DATA+=(--eval-data "${EVAL_SETS[@]}" --eval-top-p 0.7)
 fi
 
-ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-embedded}
+ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-sglang} # embedded: on the trainer's nodes (docs/launching.md)
 ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 20480 --rollout-temperature 1.0)
 if [[ $ROLLOUT_ENGINE == embedded ]]; then
-    ROLLOUT+=(--transformer-impl local) # the layers that can generate
     ROLLOUT+=(--rollout-max-running 48) # 22,528 tokens x 32 KiB of keys and values: 35 GB a GPU at the most
 else
     require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"

@@ -48,7 +48,6 @@ fi
 ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-embedded}
 ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 10240 --rollout-temperature 1.0)
 if [[ $ROLLOUT_ENGINE == embedded ]]; then
-    ROLLOUT+=(--transformer-impl local) # the layers that can generate
     ROLLOUT+=(--rollout-max-running 96) # 12,288 tokens x 28 KiB of keys and values: 34 GB a GPU at the most
 else
     require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"

@@ -3,7 +3,9 @@
 # algorithm is that of its 32B recipe, the batch half of it.
 #
 #   HF_MODEL=/models/Qwen3-30B-A3B-Base PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
-#   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen3_30b_a3b.sh           # and so on, on every node
+#   SGLANG_URLS="http://node4:30000 http://node5:30000" \
+#   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen3_30b_a3b.sh          # and so on, on every node
+# Further nodes generate: examples/sglang_server.sh on each, as SGLANG_URLS names them.
 #
 # Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
 # same command started again goes on from the run's newest checkpoint.
@@ -44,10 +46,9 @@ if [[ -n ${EVAL_DATA:-} ]]; then # NAME:PATH:N, or several of them with spaces b
     DATA+=(--eval-data "${EVAL_SETS[@]}" --eval-top-p 0.7)
 fi
 
-ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-embedded}
+ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-sglang} # embedded: on the trainer's nodes (docs/launching.md)
 ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 16384 --rollout-temperature 1.0)
 if [[ $ROLLOUT_ENGINE == embedded ]]; then
-    ROLLOUT+=(--transformer-impl local) # the layers that can generate
     ROLLOUT+=(--rollout-max-running 64) # 18,432 tokens x 24 KiB of keys and values: 29 GB a GPU at the most
 else
     require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"

@@ -32,9 +32,10 @@ from megatron_fipo.model.fp8_training import FP8_PRESETS, add_precision_flags
 from megatron_fipo.model.hf_config import megatron_arguments as model_arguments
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, LOSS_DEFAULTS, PRESETS
+from megatron_fipo.refused_flags import check_command_line
 from megatron_fipo.rewards.flags import add_reward_flags
 from megatron_fipo.rollout.sglang.flags import split_flags
-from megatron_fipo.validation import check, check_command_line, expert_parallel_size, model_parallel_size
+from megatron_fipo.validation import check, expert_parallel_size, model_parallel_size
 
 DESCRIPTION = """Train a reasoning model with FIPO on Megatron.
 
@@ -155,6 +156,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         help="embedded: the training weights; sglang: SGLang servers, which get the weights after every step",
     )
     group.add_argument("--sglang-servers", type=int, metavar="N", help="SGLang servers to start on each node")
+    group.add_argument(
+        "--sglang-colocate", action="store_true", help="started servers share the GPUs of the trainer's ranks, in turn"
+    )
     group.add_argument("--sglang-url", nargs="+", metavar="URL", help="running SGLang servers to use instead")
     group.add_argument(
         "--sglang-host",

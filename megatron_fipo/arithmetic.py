@@ -96,5 +96,5 @@ def batch_arithmetic(args: argparse.Namespace) -> dict[str, Any]:
         "context_parallel": args.context_parallel_size,
         "data_parallel": args.world_size // model_parallel_size(args),
         "fp8": fp8 and asdict(fp8) | {"pack_alignment": pack_alignment(args)},
-        "precision": check_rollout_weights(args).summary() if known else None,
+        "precision": check_rollout_weights(args, training=False).summary() if known else None,
     }

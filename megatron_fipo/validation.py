@@ -18,76 +18,6 @@ from megatron_fipo.rollout.sglang.flags import DESCRIBING
 from megatron_fipo.rollout.sglang.served import check_rollout_weights
 from megatron_fipo.settings import advantage_config, correction_config, kl_estimator, loss_config, pack_alignment
 
-_REFUSED = {
-    "--perform-rl-step": "megatron_fipo runs its own loop; leave it out",
-    "--grpo-filter-groups-with-same-reward": "use --rollout-dynamic-sampling",
-    "--train-iters": "use --num-steps (one step is one rollout with all its updates)",
-    "--train-samples": "use --num-steps (one step is one rollout with all its updates)",
-    "--micro-batch-size": "micro-batches are packs; use --max-tokens-per-microbatch",
-    "--seq-length": "it follows from --max-prompt-tokens and --rollout-max-tokens",
-    "--save": "checkpoints go to RUNS_DIR/RUN_NAME/checkpoints; use --runs-dir and --run-name",
-    "--save-retain-interval": "use --keep-last",
-    "--async-strategy": "--async-save forks one writer per rank; leave it out",
-    "--use-persistent-ckpt-worker": "--async-save forks one writer per rank; leave it out",
-    "--ckpt-format": "checkpoints are torch_dist; leave it out",
-    "--verify-integrity": "checkpoints are always verified; leave it out",
-    "--ckpt-step": "--load takes the newest whole checkpoint; remove newer ones to go further back",
-    "--pretrained-checkpoint": "use --load DIR --finetune",
-    "--tokenizer-type": "the tokenizer comes from --hf-model",
-    "--tokenizer-model": "the tokenizer comes from --hf-model",
-    "--rollout-top-p": "training samples are drawn from the whole distribution; see --eval-top-p",
-    "--rollout-top-k": "training samples are drawn from the whole distribution",
-    "--fp16": "use --bf16, which needs no loss scaling",
-    "--hidden-dropout": "old and new log-probs must come from the same network; leave it out",
-    "--attention-dropout": "old and new log-probs must come from the same network; leave it out",
-    "--window-size": "attention is causal over the whole sequence; leave it out",
-    "--moe-aux-loss-coeff": "the policy's gradient is the only one; leave it out",
-    "--moe-z-loss-coeff": "the policy's gradient is the only one; leave it out",
-    "--moe-router-load-balancing-type": "the policy's gradient is the only one; leave it out",
-    "--moe-router-fusion": "it goes past the routing replay; leave it out",
-    "--cuda-graph-impl": "packs differ in length; leave it out",
-    **dict.fromkeys(
-        (
-            "--fp8-margin",
-            "--fp8-interval",
-            "--fp8-amax-history-len",
-            "--fp8-amax-compute-algo",
-            "--no-fp8-wgrad",
-            "--disable-fp8-wgrad",
-            "--tp-only-amax-red",
-        ),
-        "it belongs to delayed scaling, under which old and new log-probs differ; see --fp8-preset and --fp8-backward",
-    ),
-    "--fp8-param-gather": "weights would exist in FP8 only, and exports and weight sync need them whole; leave it out",
-    "--fp8-output-proj": "log-probs come from a BF16 output layer; leave it out",
-    "--skip-train": "use python -m megatron_fipo.evaluate",
-    "--rampup-batch-size": "every update has --global-batch-size samples",
-    "--decrease-batch-size-if-needed": "every update has --global-batch-size samples",
-    "--use-checkpoint-args": "the architecture comes from --hf-model",
-    "--no-save-optim": "a run that cannot continue exactly is not saved",
-    "--no-load-optim": "use --finetune",
-    "--profile": "phase times are in metrics.jsonl under time/",
-}
-_REFUSED_FAMILIES = {
-    "--rl-": "it belongs to megatron.rl; see --help for the --rollout-* flags",
-    "--exit-": "a run ends after --num-steps, and on SIGTERM or SIGUSR1 with all it has",
-    "--non-persistent-": "use --save-interval and --keep-last",
-    "--tensorboard-": "metrics go to RUNS_DIR/RUN_NAME/metrics.jsonl and tensorboard/",
-    "--fp4-": "FP4 training is not supported yet; leave it out",
-    "--log-": "every metric is logged at every step, to metrics.jsonl and tensorboard/",
-}
-_PRETRAINING_DATA = (
-    "--data-path",
-    "--train-data-path",
-    "--valid-data-path",
-    "--test-data-path",
-    "--data-args-path",
-    "--per-split-data-args-path",
-    "--mock-data",
-    "--sft",
-    "--eval-iters",
-    "--split",
-)
 _POSITIVE = (
     "grpo_prompts_per_step",
     "grpo_group_size",
@@ -120,18 +50,6 @@ _FIPO_FLAGS: dict[str, tuple[str, ...]] = {
 _FREE_IN_A_REFERENCE = {"max_position_embeddings", "init_method_std"}
 
 
-def check_command_line(argv: Sequence[str]) -> None:
-    """Refuse Megatron flags that would be ignored. Raises UserError naming the flag and what to use instead."""
-    for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
-        if flag in _REFUSED:
-            raise UserError(f"{flag} is not used here: {_REFUSED[flag]}")
-        if flag in _PRETRAINING_DATA:
-            raise UserError(f"{flag} is for pre-training; give prompts with --prompt-data")
-        for family, instead in _REFUSED_FAMILIES.items():
-            if flag.startswith(family):
-                raise UserError(f"{flag} is not used here: {instead}")
-
-
 def check(args: argparse.Namespace, *, training: bool = True) -> None:
     """Check parsed arguments, without ``training`` those of an evaluation.
 
@@ -162,7 +80,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_rollout_folders(args)
     _check_save_hf(args)
     if args.rollout_engine == "sglang":
-        check_rollout_weights(args)
+        check_rollout_weights(args, training=training)
 
 
 def _check_trackers(args: argparse.Namespace) -> None:
@@ -333,14 +251,16 @@ def model_parallel_size(args: argparse.Namespace) -> int:
 def _check_engine(args: argparse.Namespace) -> None:
     given = [f for f in ("--sglang-servers", "--sglang-url") if getattr(args, f[2:].replace("-", "_")) is not None]
     if args.rollout_engine != "sglang":
-        if given or args.sglang_flags:
-            flag = (*given, *(f"--sglang-{f[2:]}" for f in args.sglang_flags))[0]
+        if given or args.sglang_flags or args.sglang_colocate:
+            flag = (*given, *(f"--sglang-{f[2:]}" for f in args.sglang_flags), "--sglang-colocate")[0]
             raise UserError(f"{flag} needs --rollout-engine sglang")
         return
     if len(given) != 1:
         raise UserError(
             "--rollout-engine sglang needs either --sglang-servers N (start N on each node) or --sglang-url URL..."
         )
+    if args.sglang_colocate and args.sglang_url is not None:
+        raise UserError("--sglang-colocate is for servers that are started here; use --sglang-servers N")
     if args.sglang_url is not None:
         passed = [flag for flag in args.sglang_flags if flag.startswith("--") and flag not in DESCRIBING]
         if passed or args.sglang_port:

@@ -1,4 +1,4 @@
-"""What FP8 does to FIPO: a written rollout replayed in BF16 and in each FP8 recipe, and d, F and f compared.
+"""What FP8 does to FIPO: a written rollout replayed in BF16, FP32 and each FP8 recipe, and d, F and f compared.
 
     torchrun ... -m megatron_fipo.train ... --rollout-only ROLLOUTS
     torchrun ... -m megatron_fipo.train ... --train-from-rollouts ROLLOUTS --save-hf UPDATED
@@ -49,6 +49,7 @@ from megatron_fipo.rollout.replay import read_rollout  # noqa: E402
 from megatron_fipo.session import as_one_rank, initialize  # noqa: E402
 
 RECIPES = {
+    "fp32": "--transformer-impl local",  # how far BF16 itself is off
     "tensorwise": "--fp8-format e4m3 --fp8-recipe tensorwise",
     "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
     "mxfp8": "--fp8-format e4m3 --fp8-recipe mxfp8",
@@ -89,7 +90,7 @@ class Replay:
 def megatron_arguments(hf_dir: Path, max_tokens: int, recipe: str | None) -> argparse.Namespace:
     parser = build_parser()
     parser.set_defaults(**platform_defaults() | architecture(hf_dir))
-    parser.set_defaults(bf16=True, seq_length=max_tokens, train_iters=1, lr=1e-6, min_lr=0.0)
+    parser.set_defaults(bf16=recipe != "fp32", seq_length=max_tokens, train_iters=1, lr=1e-6, min_lr=0.0)
     args = parser.parse_args(RECIPES[recipe].split() if recipe else [])
     args.rank, args.world_size = 0, 1
     args.max_position_embeddings = max(args.max_position_embeddings, max_tokens)
@@ -217,7 +218,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any]) -> str:
-    """RMS error of F over the half-life as a file of its own."""
+    """RMS error of F in long responses over the half-life, as a file of its own."""
     lines = [svg.Line("edge of f", HALF_LIVES, [found["edge"]] * len(HALF_LIVES), color=7)]
     for number, (recipe, row) in enumerate(found["recipes"].items()):
         for kind, marked in (("same", True), ("elsewhere", False)):
@@ -231,7 +232,7 @@ def draw(found: dict[str, Any]) -> str:
         y, fill = svg.HEIGHT + 22 + 16 * row, f'style="fill:var(--c{line.color})"'
         keys += f'<rect x="{svg.LEFT}" y="{y - 5}" width="12" height="3" {fill}/>'
         keys += f'<text class="tick" x="{svg.LEFT + 18}" y="{y}">{line.name}</text>'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {svg.WIDTH} {height}" '
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-16 0 {svg.WIDTH + 16} {height}" '
     body = svg.draw(chart).replace(f'<svg viewBox="0 0 {svg.WIDTH} {svg.HEIGHT}" ', opening, 1)
     return body.replace(">", f"><style>{CSS}</style>", 1).replace("</svg>", f"{keys}</svg>")
 

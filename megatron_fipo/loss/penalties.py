@@ -29,6 +29,8 @@ def with_penalties[Output: LossOutput](
     entropy_T: [T], differentiable, needed with an entropy bonus. token_weight_T: [T], the importance correction.
     Raises ValueError, naming the argument, for what is missing.
     """
+    if not (config.kl_weight or config.entropy_weight):
+        return out
     mask_T, cu_seqlens_S1 = out.ratios.mask_T, out.ratios.cu_seqlens_S1
     penalty_T, reference_kl_sum = torch.zeros_like(logp_T), None
     if config.kl_weight:
@@ -41,8 +43,6 @@ def with_penalties[Output: LossOutput](
         if entropy_T is None:
             raise ValueError(f"entropy_weight {config.entropy_weight:g} needs entropy_T")
         penalty_T = penalty_T - config.entropy_weight * torch.where(mask_T, entropy_T, 0.0)
-    if not (config.kl_weight or config.entropy_weight):
-        return out
     if token_weight_T is not None:
         penalty_T = penalty_T * torch.where(mask_T, token_weight_T, 0.0)
     penalty_S = sum_per_sequence(penalty_T, cu_seqlens_S1) * out.loss_scale_S

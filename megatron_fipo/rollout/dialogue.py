@@ -71,23 +71,27 @@ class Dialogue:
         """The response so far, special tokens kept."""
         return self._tokenizer.decode(self._tokens, skip_special_tokens=False)
 
-    async def generate(self, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Turn:
-        """Let the model go on until a stop token, one of the strings ``stop``, ``max_tokens`` or the response's limit.
+    async def generate(self, max_tokens: int | None = None, stop: str | Sequence[str] = ()) -> Turn:
+        """Let the model go on until a stop token, a string in ``stop``, ``max_tokens`` or the response's limit.
 
         Once the response is full, the turn is empty and its finish_reason "length".
-        Raises RuntimeError if asked again then, or while another call waits; ValueError for ``max_tokens`` below 1.
+        Raises RuntimeError if asked again then, or while another call waits; ValueError for ``max_tokens`` below 1 and
+        for an empty string.
         """
+        strings = (stop,) if isinstance(stop, str) else stop
         if self.generating:
             raise RuntimeError("generate() was called while another call for the same response waits; await it first")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"generate(max_tokens={max_tokens}): ask for at least 1")
+        if not all(strings):
+            raise ValueError(f"generate(stop={stop!r}): an empty string ends nothing")
         if self._told_that_it_is_full:
             raise RuntimeError("the response is full: return once a turn's finish_reason is 'length'")
         limit = self.room if max_tokens is None else min(max_tokens, self.room)
         self._told_that_it_is_full = limit == 0
         self.generating = True
         try:
-            return await self._turn(limit, stop)
+            return await self._turn(limit, strings)
         finally:
             self.generating = False
 

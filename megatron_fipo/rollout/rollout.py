@@ -136,11 +136,6 @@ class Rollout:
         return self.carried * self.table.shape[1]
 
     @property
-    def staleness(self) -> float:
-        """Steps between the weights that drew a sample and those it is first trained with, mean over the samples."""
-        return self.carried / len(self.kept)
-
-    @property
     def contrast_rate(self) -> float:
         """Share of the generated groups that hold right and wrong answers."""
         return has_contrast(self.table[self.carried :]).double().mean().item()

@@ -109,7 +109,7 @@ async def dialogue_of_turns(dialogue):
     turns = len(dialogue.prompt.tokens) % 4
     for turn in range(turns + 1):
         await dialogue.generate(max_tokens=1 + (turns + turn) % 3, stop=["w7"] if turn == 1 else [])
-        dialogue.insert(f"w{40 + turn}")
+        dialogue.insert([40 + turn])
 
 
 def generate_all(engine: EmbeddedEngine, hf_dir: str, replica: int, replicas: int):

@@ -74,8 +74,11 @@ OTHER_LOSSES = {
     "reinforce++ CP2 DP2": (4, f"{REINFORCE} {CP} 2"),
     "reinforce++ PP2": (2, f"{REINFORCE} {PP} 2"),
     "penalties": (1, PENALTIES),
+    "penalties saver": (1, f"{PENALTIES} --save-interval 1"),
     "penalties TP2 CP2": (4, f"{PENALTIES} {TP} 2 {SP} {CP} 2"),
     "penalties PP2 DP2": (4, f"{PENALTIES} {PP} 2 --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4096"),
+    "resumed": (1, f"{PENALTIES} --num-steps 2"),
+    "resumed CP2": (2, f"{PENALTIES} --num-steps 2 --load {{runs}}/penalties_saver/checkpoints {CP} 2"),
 }
 # Saved after one step in one layout, continued in another; a case on all ranks lets the savers finish first.
 RESHARDED = {
@@ -240,6 +243,7 @@ def test_other_losses_train_alike_in_every_layout(layout, dense):
 def test_other_losses_are_other_losses(dense):
     """They act on the updates, and log what they have."""
     metrics = {name: dense[name][0] for name in ("one", *(name for name in OTHER_LOSSES if " " not in name))}
+    del metrics["resumed"]
     assert len({m["updates"][2]["actor/grad_norm"] for m in metrics.values()}) == len(metrics)
     assert all(0 < m["updates"][2]["actor/pg_clipfrac"] < 1 for m in metrics.values())
     for name, m in metrics.items():

@@ -35,4 +35,4 @@ class BucketReceiver(Receiver):
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(BucketReceiver(json.load(sys.stdin))))
+    asyncio.run(serve(BucketReceiver(json.load(sys.stdin), with_sums=False)))

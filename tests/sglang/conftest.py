@@ -1,7 +1,6 @@
 """Real SGLang servers on tiny models, shared by all tests here."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fleets import INSTALLED, label
@@ -21,24 +20,43 @@ def sglang_installed():
     """Tests that ask for it are skipped without SGLang, and fail in CI."""
 
 
+class Servers:
+    """Started when first asked for: "qwen2", two servers; "qwen3"; "qwen3_moe", whose first layer has no experts;
+    "victim", one more of qwen2, to be killed. Their weights are version 0."""
+
+    KINDS = {
+        "qwen2": ("qwen2", {}, 2),
+        "qwen3": ("qwen3", {}, 1),
+        "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 64}, 1),  # on CPU SGLang pads it to a multiple of 32
+        "victim": ("qwen2", {}, 1),
+    }
+
+    def __init__(self, hf_model, make_folder):
+        self._hf_model, self._make_folder, self._started = hf_model, make_folder, {}
+
+    def model(self, kind: str):
+        """(folder, transformers model) that servers of this kind start from."""
+        family, settings, _ = self.KINDS[kind]
+        return self._hf_model(family, tied=False, **settings)
+
+    def __getitem__(self, kind: str) -> list:
+        from megatron_fipo.rollout.sglang.servers import StartSettings, start_servers
+
+        if kind not in self._started:
+            folder, count = str(self.model(kind)[0]), self.KINDS[kind][2]
+            self._started[kind] = start_servers(StartSettings(folder, count, (), "float32", 3, self._make_folder(kind)))
+            for server in self._started[kind]:
+                label(server, 0)
+        return self._started[kind]
+
+    def close(self) -> None:
+        for server in (server for group in self._started.values() for server in group):
+            server.kill()
+
+
 @pytest.fixture(scope="session")
 def servers(sglang_installed, hf_model, tmp_path_factory):
-    """{"qwen2": two servers, "qwen3": one, "victim": one more of qwen2, to be killed}; their weights are version 0."""
-    from megatron_fipo.rollout.sglang.servers import StartSettings, start_servers
-
-    def start(name: str, family: str, count: int):
-        folder, _ = hf_model(family, tied=False)
-        log_folder = tmp_path_factory.mktemp(name)
-        return start_servers(StartSettings(str(folder), count, ("--random-seed", "3"), "float32", 1, log_folder))
-
-    kinds = {"qwen2": ("qwen2", 2), "qwen3": ("qwen3", 1), "victim": ("qwen2", 1)}
-    for family, _ in kinds.values():
-        hf_model(family, tied=False)
-    with ThreadPoolExecutor() as pool:
-        futures = {name: pool.submit(start, name, *kind) for name, kind in kinds.items()}
-        started = {name: future.result() for name, future in futures.items()}
-    for server in (server for group in started.values() for server in group):
-        label(server, 0)
-    yield started
-    for server in (server for group in started.values() for server in group):
-        server.kill()
+    """Real servers; see Servers."""
+    servers = Servers(hf_model, tmp_path_factory.mktemp)
+    yield servers
+    servers.close()

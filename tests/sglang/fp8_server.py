@@ -24,8 +24,8 @@ def block_linear(input, weight, block_size, weight_scale, input_scale=None, bias
     return torch.nn.functional.linear(input, values, bias)
 
 
-def block_experts(method, layer, dispatched):
-    tokens = dispatched.hidden_states
+def block_experts(method, layer, dispatch_output):
+    tokens = dispatch_output.hidden_states
     values = {
         name: fp8_utils.block_quant_dequant(
             getattr(layer, name), getattr(layer, f"{name}_scale_inv"), [128, 128], tokens.dtype
@@ -33,7 +33,8 @@ def block_experts(method, layer, dispatched):
         for name in ("w13_weight", "w2_weight")
     }
     experts = SimpleNamespace(num_experts=layer.num_experts, **values)
-    return StandardCombineInput(moe_forward_native(experts, tokens, dispatched.topk_output, method.moe_runner_config))
+    output = moe_forward_native(experts, tokens, dispatch_output.topk_output, method.moe_runner_config)
+    return StandardCombineInput(hidden_states=output)
 
 
 fp8._is_cpu = False

@@ -107,8 +107,12 @@ def test_a_stopped_server_is_condemned_and_comes_back_after_an_update(when, pair
 
     engine.update_weights(1)
     assert len(client.fleet.serving()) == 2
+    metrics = engine.metrics()
+    assert metrics["rollout/servers_condemned"] == 1 and metrics["rollout/servers_serving"] == 2
+    assert metrics["rollout/answers_lost"] == client.faults.lost >= metrics["rollout/answers_redispatched"] > 0
     engine.generate(PROMPTS, [*range(len(PROMPTS))], LONG)
     engine.update_weights(0)
+    assert engine.metrics()["rollout/servers_condemned"] == engine.metrics()["rollout/answers_lost"] == 0
 
 
 def test_a_server_killed_while_it_generates(pair, hf_model):

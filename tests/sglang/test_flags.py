@@ -29,6 +29,8 @@ def test_any_server_flag_passes():
         ("--rollout-engine sglang --sglang-servers 0", "--sglang-servers 0 must be at least 1"),
         ("--rollout-engine sglang --sglang-url a:1", "--sglang-url a:1 is no server's address"),
         ("--rollout-engine sglang --sglang-url http://a:1 --sglang-tp-size 2", "--sglang-tp-size is for servers"),
+        ("--sglang-colocate", "--sglang-colocate needs --rollout-engine sglang"),
+        ("--rollout-engine sglang --sglang-url http://a:1 --sglang-colocate", "--sglang-colocate is for servers"),
         ("--sglang-servers 1", "--sglang-servers needs --rollout-engine sglang"),
         ("--sglang-tp-size 2", "--sglang-tp-size needs --rollout-engine sglang"),
         ("--rollout-engine sglang --sglang-servers 1 --sglang-api-key x", "--sglang-api-key is not passed on"),

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 LAYOUTS = {"data parallel": (), "tensor parallel": ("--tensor-model-parallel-size", 2)}
+PLACES = LAYOUTS | {"on shared devices": ("--sglang-colocate",)}
 FLAGS = """
     --preset quickstart --grpo-prompts-per-step 2 --grpo-group-size 64 --global-batch-size 64 --rollout-max-tokens 12
     --max-tokens-per-microbatch 512 --lr 2e-3 --lr-warmup-iters 0 --no-rollout-dynamic-sampling --eval-interval 100
@@ -40,12 +41,13 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", PLACES)
 def test_it_trains_on_servers(layout, sglang_installed, trained_base, tmp_path):
     """It learns, the servers' log-probs are the trainer's before and after every update, and nothing is left."""
-    flags = ("--rollout-engine", "sglang", "--sglang-servers", 2, "--check-weights", "--seed", 3, *LAYOUTS[layout])
+    flags = ("--rollout-engine", "sglang", "--sglang-servers", 2, "--check-weights", "--seed", 3, *PLACES[layout])
     run = train(tmp_path, trained_base, "run", 14, *flags)
     assert all(row["mismatch/max"] < 1e-4 for row in rows(run)[1:])
+    assert all(row["rollout/servers_serving"] == 2 and row["rollout/answers_malformed"] == 0 for row in rows(run)[1:])
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["accuracy_before"] < 0.25 and summary["accuracy_after"] > 0.5
     assert len(list((run / "sglang").glob("*.log"))) == 2

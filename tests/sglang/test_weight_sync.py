@@ -119,26 +119,12 @@ def trainer(hf_model, build_model, servers):
     return build_model(hf_model("qwen2", tied=False)[0])
 
 
-# On CPU SGLang pads the width of experts to a multiple of 32. The first layer has none.
-FAMILIES = {"qwen2": {}, "qwen3": {}, "qwen3_moe": {"moe_intermediate_size": 64}}
-
-
-@pytest.fixture(scope="module")
-def moe_servers(hf_model, tmp_path_factory):
-    from megatron_fipo.rollout.sglang.servers import StartSettings, start_servers
-
-    folder, _ = hf_model("qwen3_moe", tied=False, **FAMILIES["qwen3_moe"])
-    started = start_servers(StartSettings(str(folder), 1, (), "float32", 1, tmp_path_factory.mktemp("moe")))
-    yield started
-    started[0].kill()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_servers_are_the_trainer_before_and_after_every_sync(family, servers, hf_model, build_model, request):
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3_moe"])
+def test_servers_are_the_trainer_before_and_after_every_sync(kind, servers, build_model):
     from megatron_fipo.checkpoint.hf import export_hf_weights
 
-    chunks = build_model(hf_model(family, tied=False, **FAMILIES[family])[0])
-    fleet = Fleet(request.getfixturevalue("moe_servers") if family == "qwen3_moe" else servers[family])
+    chunks = build_model(servers.model(kind)[0])
+    fleet = Fleet(servers[kind])
     exports = []
     for server in fleet.servers:
         check_is_trainer(server, chunks)
@@ -211,6 +197,36 @@ def sample_of(tokens):
 
     n = len(tokens)
     return Sample(0, 0, np.array(tokens, np.int32), np.ones(n, bool), np.zeros(n, np.float32), "stop", (), 0.0, False)
+
+
+def test_a_server_that_shares_the_device_gets_handles_of_memory(servers, build_model):
+    """Here of shared memory. It generates after an update only, and dies of a wrong one."""
+    from megatron_fipo.checkpoint.hf import export_hf_weights
+    from megatron_fipo.rollout.sglang.colocated import ColocatedSync
+
+    (server,) = servers["victim"]
+    chunks, fleet = build_model(servers.model("victim")[0]), Fleet([server])
+    sync = ColocatedSync(
+        lambda: export_hf_weights(chunks, V), fleet, SyncSettings(bucket_bytes=BUCKET, check=True), server
+    )
+    for version in (1, 2):
+        publish(sync, fleet, version)
+        assert fleet.serving() == [server], fleet.reasons()
+        check_is_trainer(server, chunks, version)
+        sync.sleep()
+        assert fleet.serving() == [] and fleet.healthy() == [server]
+        perturb(chunks, version)
+        sync.wake()
+    publish(sync, fleet, 3)
+    check_is_trainer(server, chunks, 3)
+    sync.close()
+    wrong = weights_of(chunks) | {"model.norm.weight": torch.ones(32)}
+    settings = SyncSettings(bucket_bytes=BUCKET, deadline_s=60.0)
+    sync = ColocatedSync(export_of(wrong), fleet, settings, server)
+    publish(sync, fleet, 4)
+    sync.close()
+    assert fleet.serving() == [] and "bucket" in fleet.condemned[server]
+    assert not server.alive()
 
 
 def test_a_tensor_that_does_not_fit_leaves_nobody_serving(servers, trainer):

@@ -44,7 +44,7 @@ def expected_block(block: torch.Tensor, fp8: torch.dtype, power_of_two: bool) ->
 
 def check_blocks(dtype: tex.DType, square: bool, power_of_two: bool) -> None:
     fp8, height = TYPES[dtype], 128 if square else 1
-    for shape in ((256, 384), (64, 200), (130, 16)):
+    for shape in ((144, 264), (34, 16)):
         x = awkward_values(*shape)
         quantizer = Float8BlockQuantizer(
             dtype, rowwise=True, columnwise=True, block_scaling_dim=1 + square, force_pow_2_scales=power_of_two

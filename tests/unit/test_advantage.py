@@ -89,7 +89,7 @@ def step(megatron):
     rollout = Rollout(
         held={}, packed_length_S=torch.ones(7).long(), response_tokens_S=torch.tensor([m.count("1") for m in MASKS]),
         reward_S=torch.tensor(REWARDS), group_ids_S=torch.tensor([0, 0, 0, 1, 1, 1, 2]), table=table,
-        kept=tuple(range(7)), first_visit=0, batches=1,
+        kept=tuple(range(7)), visits=tuple(range(7)), batches=1,
     )  # fmt: skip
     return [packs[:2], packs[2:]], rollout, sorted(per_sample, key=lambda item: item[0])
 

@@ -91,7 +91,6 @@ def test_leftovers_come_first_and_no_group_is_lost_or_repeated(run):
         assert rollout.carried == (len(leftovers.visits) if leftovers else 0)
         stale, fresh = [version - 1] * rollout.stale_samples, [version] * (32 - rollout.stale_samples)
         assert [rollout.held[i].weight_versions[0][0] for i in range(32)] == stale + fresh
-        assert rollout.staleness == rollout.carried / 4
         assert rollout.contrast_rate == has_contrast(rollout.table[rollout.carried :]).double().mean()
         for number, sample in rollout.held.items():
             assert sample.group_id == rollout.group_ids_S[number] and sample.reward == rollout.reward_S[number]

@@ -12,7 +12,7 @@ from megatron_fipo.data.planning import UpdatePlan
 from megatron_fipo.data.samples import Sample
 from megatron_fipo.loss import CorrectionConfig, FipoConfig, correction_metrics, fipo_loss, importance_correction
 from megatron_fipo.loss.correction import sequence_log_ratio
-from megatron_fipo.observe.step_metrics import policy_metrics
+from megatron_fipo.observe.step_metrics import _engine_gap, policy_metrics
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.rollout import Rollout
 
@@ -216,3 +216,18 @@ def test_the_gap_between_engine_and_trainer_is_measured(megatron):
     assert metrics["mismatch/p99"] == pytest.approx(0.01, rel=2e-3)  # the fourth of five, not interpolated
     assert metrics["mismatch/max"] == pytest.approx(0.5)
     assert metrics["actor/entropy"] == 2.0
+
+
+def test_samples_of_earlier_weights_are_no_mismatch(megatron):
+    """Whole, and in the shares of two context-parallel ranks; the entropy counts all tokens."""
+    gap = [0.5] * 4 + [0.001 * i for i in range(1, 9)] + [0.7] * 4
+    batch = packed([4, 8, 4], 0, gap)
+    replicas, entropy = Replicas.current(), torch.tensor(32.0, dtype=torch.float64)
+    metrics = policy_metrics([batch], entropy, FipoConfig(), replicas, stale_samples=1)
+    fresh = gap[4:]
+    assert metrics["mismatch/rms"] == pytest.approx(math.sqrt(sum(g * g for g in fresh) / 12), rel=1e-5)
+    assert metrics["actor/entropy"] == 2.0
+    shares = [_engine_gap(batch.shard(rank, 2), 2, 2) for rank in (0, 1)]
+    assert torch.cat(shares).tolist() == pytest.approx([0.7] * 4, rel=1e-6)
+    all_stale = policy_metrics([batch], entropy, FipoConfig(), replicas, stale_samples=3)
+    assert all_stale["mismatch/max"] == 0.0 and all_stale["actor/entropy"] == 2.0

@@ -20,6 +20,7 @@ compat.install()
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
+SERVERS = {"SGLANG_URLS": "http://a:30000 http://b:30000"}
 SBATCH = EXAMPLES / "slurm" / "train.sbatch"
 
 QWEN_32B = {
@@ -137,7 +138,7 @@ def started(folder: Path) -> list[dict]:
 def test_a_dry_run_has_the_numbers_of_the_recipe(name, folder, recorded, trained_base, monkeypatch, capsys):
     architecture, expected = RECIPES[name]
     model = write_model(folder / "model", architecture, trained_base)
-    variables = {"HF_MODEL": model, "PROMPT_DATA": folder / "prompts.jsonl"}
+    variables = SERVERS | {"HF_MODEL": model, "PROMPT_DATA": folder / "prompts.jsonl"}
     variables |= {"EVAL_DATA": f"a:{trained_base / 'heldout.jsonl'}:32 b:{trained_base / 'heldout.jsonl'}:4"}
     script = run_script(EXAMPLES / name, folder, "--dry-run", "--num-steps", "77", first=recorded, **variables)
     assert script.returncode == 0, script.stderr
@@ -167,7 +168,7 @@ def test_one_script_from_shell_to_json(folder, trained_base):
 
 def test_the_launch_names_every_node(folder, recorded):
     variables = {"HF_MODEL": "/models/m", "PROMPT_DATA": "p.jsonl", "NODE_RANK": 3, "MASTER_ADDR": "node0"}
-    variables |= {"MASTER_PORT": 12345, "GPUS_PER_NODE": 4, "JOIN_TIMEOUT": 50}
+    variables |= {"MASTER_PORT": 12345, "GPUS_PER_NODE": 4, "JOIN_TIMEOUT": 50} | SERVERS
     script = run_script(EXAMPLES / "fipo_qwen2.5_32b.sh", folder, "--seed", "5", first=recorded, **variables)
     assert script.returncode == 0, script.stderr
     wait, torchrun = (start["command"] for start in started(folder))
@@ -186,8 +187,7 @@ def test_running_servers_can_generate(name, folder, recorded):
     variables = {"HF_MODEL": "m", "PROMPT_DATA": "p.jsonl", "NNODES": 1, "ROLLOUT_ENGINE": "sglang"}
     script = run_script(EXAMPLES / name, folder, first=recorded, **variables)
     assert script.returncode == 2 and "SGLANG_URLS is not set: " in script.stderr
-    urls = {"SGLANG_URLS": "http://a:30000 http://b:30000"}
-    assert run_script(EXAMPLES / name, folder, first=recorded, **variables, **urls).returncode == 0
+    assert run_script(EXAMPLES / name, folder, first=recorded, **variables, **SERVERS).returncode == 0
     line = " ".join(started(folder)[-1]["command"])
     assert "--rollout-engine sglang" in line and "--sglang-url http://a:30000 http://b:30000" in line
     assert "--transformer-impl" not in line and "--rollout-max-running" not in line
@@ -195,7 +195,7 @@ def test_running_servers_can_generate(name, folder, recorded):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_missing_is_named_in_one_line(name, folder):
-    both = {"HF_MODEL": "m", "PROMPT_DATA": "p.jsonl"}
+    both = SERVERS | {"HF_MODEL": "m", "PROMPT_DATA": "p.jsonl"}
     for missing, variables in (
         ("HF_MODEL", {}),
         ("PROMPT_DATA", {"HF_MODEL": "m"}),
@@ -204,6 +204,20 @@ def test_what_is_missing_is_named_in_one_line(name, folder):
         script = run_script(EXAMPLES / name, folder, NNODES=2, **variables)
         assert script.returncode == 2 and script.stdout == "" and script.stderr.count("\n") == 1, script.stderr
         assert script.stderr.startswith(f"{name}: {missing} is not set: ")
+
+
+def test_a_server_has_both_keys_and_what_the_client_needs(folder, recorded):
+    keys = {"HF_MODEL": "/m", "SGLANG_API_KEY": "user", "SGLANG_ADMIN_API_KEY": "admin", "HOST": "node16"}
+    for missing in ("HF_MODEL", "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"):
+        script = run_script(EXAMPLES / "sglang_server.sh", folder, **{k: v for k, v in keys.items() if k != missing})
+        assert script.returncode == 2 and f"sglang_server.sh: {missing} is not set: " in script.stderr
+    script = run_script(EXAMPLES / "sglang_server.sh", folder, "--context-length", "32768", first=recorded, **keys)
+    assert script.returncode == 0, script.stderr
+    (start,) = started(folder)
+    assert " ".join(start["command"]) == (
+        "python -m sglang.launch_server --model-path /m --host node16 --port 30000 --tp-size 8 --skip-tokenizer-init "
+        "--incremental-streaming-output --api-key user --admin-api-key admin --context-length 32768"
+    )
 
 
 def test_shellcheck_has_nothing_to_say():

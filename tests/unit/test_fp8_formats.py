@@ -1,6 +1,7 @@
 """Formats of served models, which weights they quantise, what servers cannot take, who computes in what numbers."""
 
 import argparse
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.quantization.block_fp8 import dequantize
 from megatron_fipo.quantization.formats import WeightFormat
 from megatron_fipo.quantization.layers import linear_weights
 from megatron_fipo.quantization.precision import PrecisionReport, trainer_format
+from megatron_fipo.rollout.sglang.parameters import Checksums, name_mismatch, server_parameter
 from megatron_fipo.rollout.sglang.served import ServedModel, check_rollout_weights, server_fields
 
 ARCHITECTURE = {
@@ -145,6 +148,7 @@ def test_the_layout_is_that_of_the_tensors(weight_format):
         (served(architecture=EXPERTS), "--tp 2", None, None),
         (served(architecture=EXPERTS, not_converted=("layers.0.mlp",)), "--tp 4", None, "1.mlp.experts.0.gate_proj"),
         (served(architecture=EXPERTS, not_converted=("layers.0.mlp",)), "--tp 4 --ep-size 2", None, None),
+        (served(not_converted=("mlp",)), "--tp 8 --dp 4 --enable-dp-attention", None, None),
         (served("mxfp8"), "--tp 4", BLACKWELL, None),
         (served("mxfp8"), "", HOPPER, "MXFP8 needs Blackwell"),
         (served("mxfp8"), "--tp 32", None, r"down_proj.weight is \[512, 768\]|o_proj"),
@@ -165,12 +169,15 @@ def test_faults(model, server, capability, fault):
 
 
 def test_a_server_with_another_model_is_found_out(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": BLOCK}))
+    config = {"model_type": "qwen3"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": BLOCK}))
     server = flags("") | {"model_path": str(tmp_path)}
     assert served().fault(server, None) is None
     assert "it serves" in served("none").fault(server, None)
     assert "it serves" in served(power_of_two=True).fault(server, None)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    assert "'awq', which the trainer cannot make" in served().fault(server, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert "it serves" in served().fault(server, None)
     assert served("none").fault(server, None) is None
     assert served().fault(server | {"model_path": "/of/another/machine"}, None) is None
@@ -265,7 +272,7 @@ def parse(hf, *words):
 
 
 def test_a_run_says_in_what_numbers_it_computes(folders):
-    from megatron_fipo.arguments import batch_arithmetic
+    from megatron_fipo.arithmetic import batch_arithmetic
 
     bf16, fp8 = folders
     args = parse(bf16, "--sglang-servers", 1)
@@ -293,7 +300,7 @@ def test_a_run_says_in_what_numbers_it_computes(folders):
         ("--sglang-url http://a:1 --sglang-model-path FP8 --sglang-tp 2", "--sglang-tp is for servers that"),
         (
             "--sglang-servers 1 --sglang-quantization fp8 --sglang-load-format flash_rl --check-weights",
-            "--check-weights: servers change",
+            "--check-weights: servers change the layout of flash_rl",
         ),
     ],
 )  # fmt: skip
@@ -316,3 +323,36 @@ def test_another_model_is_refused(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(UserError, match="is another model than --hf-model .*num_layers"):
         parse(bf16, "--sglang-servers", 1, "--sglang-model-path", tmp_path)
+
+
+# --- parameters of servers --------------------------------------------------------------------------------------------
+
+
+def test_names_of_fp8_servers():
+    """Block FP8 is reported as one parameter, MXFP8 as two and copies in kernels' order, flash_rl has own scales."""
+    weights = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.1.down_proj.weight"]
+    parameters = ["model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.experts.w2_weight"]
+    sent = [name for weight in weights for name in (weight, f"{weight}_scale_inv")]
+    scales = [f"{parameter}_scale_inv" for parameter in parameters]
+    assert [server_parameter(name)[0] for name in sent[1::2]] == scales
+    assert name_mismatch(sent, parameters) is None
+    assert name_mismatch(sent, [*parameters, *scales, f"{scales[0]}_swizzled"]) is None
+    assert name_mismatch(weights, [*parameters, "model.layers.0.self_attn.qkv_proj.weight_scale"]) is None
+    assert "no place for model.layers.0.self_attn.q_proj.weight" in name_mismatch(sent, parameters[1:])
+    assert f"no {scales[1]}, {scales[0]}" in name_mismatch(weights, [*parameters, *scales])
+
+
+def test_checksums_are_those_of_the_values():
+    """Of the fused weight and its fused scales, in whatever order they come."""
+    g = torch.Generator().manual_seed(1)
+    names = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")]
+    weights = {name: torch.randn(256, 128, generator=g).bfloat16() for name in names}
+    sent = [pair for name in names for pair in WeightFormat("block").tensors(name, weights[name])]
+    sums = Checksums(name for name, _ in sent)
+    for name, tensor in reversed(sent):
+        sums.add(name, tensor)
+    tensors = dict(sent)
+    values = [dequantize(tensors[name], tensors[f"{name}_scale_inv"], torch.bfloat16) for name in names]
+    expected = hashlib.sha256(torch.cat(values).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    assert sums.mismatch([{"model.layers.0.mlp.gate_up_proj.weight": expected}]) is None
+    assert "gate_up_proj.weight of 1 parameters differ" in sums.mismatch([{}])

@@ -10,7 +10,7 @@ LAYERS = (
     {"session", "recorder", "report", "doctor", "megatron_rl"},
     {"inputs"},
     {"arguments", "arithmetic"},
-    {"validation"},
+    {"refused_flags", "validation"},
     {"settings"},
     {"rollout", "rewards", "checkpoint", "model", "data", "evaluation", "observe", "presets"},
     {"loss", "parallel", "quantization"},

@@ -329,6 +329,10 @@ async def asks_for_nothing(dialogue):
     await dialogue.generate(max_tokens=0)
 
 
+async def stops_at_nothing(dialogue):
+    await dialogue.generate(stop="")
+
+
 async def cancels_itself(dialogue):
     raise asyncio.CancelledError
 
@@ -346,6 +350,7 @@ async def cancels_itself(dialogue):
         (goes_on, r"the response is full: return once a turn's finish_reason is 'length'"),
         (inserts_meanwhile, r"on prompt 0 .*insert\(\) was called while generate\(\) waits"),
         (asks_for_nothing, r"generate\(max_tokens=0\): ask for at least 1"),
+        (stops_at_nothing, r"generate\(stop=''\): an empty string"),
         (cancels_itself, r"on prompt 0 \(CancelledError"),
     ],
 )

@@ -33,6 +33,14 @@ class WeightSync(Protocol):
         others."""
         ...
 
+    def sleep(self) -> None:
+        """Free what the servers hold of the trainer's devices."""
+        ...
+
+    def wake(self) -> None:
+        """Undo it; an update follows."""
+        ...
+
     def close(self) -> None:
         """Leave the servers alone from now on."""
         ...
@@ -89,10 +97,12 @@ class SGLangEngine:
             raise RolloutFailed(f"no server took the weights of step {version}: {self._fleet.reasons()}")
 
     def sleep(self) -> None:
-        """Nothing to do: the servers have devices of their own."""
+        """Leave the trainer its devices, if they are shared; see RolloutEngine."""
+        self._sync.sleep()
 
     def wake(self) -> None:
-        """Nothing to do."""
+        """Servers that share them hold no weights until the next update."""
+        self._sync.wake()
 
     def metrics(self) -> dict[str, float]:
         """What the replicas' answers cost and which servers were condemned between the last two weight updates, or

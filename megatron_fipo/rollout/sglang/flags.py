@@ -8,7 +8,7 @@ OLDEST_VERSION = "0.5.11"
 """Up to 0.5.10 SGLang runs pickled code that reaches its sockets (CVE-2026-3059, -3060, -7301, -7304)."""
 
 PREFIX = "--sglang-"
-OURS = ("--sglang-servers", "--sglang-url", "--sglang-host", "--sglang-port")
+OURS = ("--sglang-servers", "--sglang-url", "--sglang-host", "--sglang-port", "--sglang-colocate")
 """Flags with this prefix that the trainer itself understands."""
 
 DESCRIBING = ("--model-path", "--load-format", "--quantization")
@@ -24,6 +24,12 @@ _REFUSED = {
     "enable-custom-logit-processor": "it lets requests run code, and log-probs would not be the policy's",
     "nnodes": "start servers that span nodes yourself and give --sglang-url",
 }
+
+
+def tensor_parallel_size(flags: Sequence[str]) -> int:
+    """Of a server with these flags."""
+    names = ("--tp", "--tp-size", "--tensor-parallel-size")
+    return next((int(value) for flag, value in zip(flags, flags[1:], strict=False) if flag in names), 1)
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -26,6 +26,10 @@ class Fleet:
     def begin_update(self, version: int) -> None:
         """From now on ``version`` is what generates; nobody has it yet."""
         self.version = version
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Nobody generates until the next update."""
         self._admitted.clear()
 
     def admit(self, server: Server) -> None:

@@ -5,7 +5,6 @@ Facts are those of SGLang 0.5.23 (srt/layers/quantization/fp8.py, srt/model_load
 
 import argparse
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,9 @@ _FIELDS = {
     "--ep": "ep_size",
     "--ep-size": "ep_size",
     "--expert-parallel-size": "ep_size",
+    "--dp": "dp_size",
+    "--dp-size": "dp_size",
+    "--data-parallel-size": "dp_size",
     "--fp8-gemm-backend": "fp8_gemm_runner_backend",
     "--moe-runner-backend": "moe_runner_backend",
     "--moe-a2a-backend": "moe_a2a_backend",
@@ -43,7 +45,8 @@ _BLACKWELL = 10  # compute capability of the GPUs on which DeepGEMM repacks scal
 
 def server_fields(flags: Sequence[str]) -> dict[str, Any]:
     """What flags say of these things, as /server_info would."""
-    fields: dict[str, Any] = {"tp_size": 1, "ep_size": 1}
+    fields: dict[str, Any] = {"tp_size": 1, "ep_size": 1, "dp_size": 1}
+    fields["enable_dp_attention"] = "--enable-dp-attention" in flags
     for flag, value in itertools.pairwise(flags):
         if flag in _FIELDS:
             name = _FIELDS[flag]
@@ -103,7 +106,10 @@ class ServedModel:
         method, channel = server.get("quantization"), server.get("load_format") == "flash_rl"
         path = Path(server["model_path"]) / "config.json" if server.get("model_path") else None
         if path and path.is_file():  # a server on another machine may name a folder that is not here
-            served = WeightFormat.of_config(json.loads(path.read_text()), str(path.parent))
+            try:
+                served = WeightFormat.of_config(read_hf_config(path.parent), str(path.parent))
+            except UserError as error:  # a fault of that server alone
+                return str(error)
             if served != (self.format if self.format.is_sent else WeightFormat()):
                 return f"it serves {path.parent}, the trainer sends what suits {self.folder}; give --sglang-model-path"
         if channel != (self.format.scheme == "channel"):
@@ -148,6 +154,8 @@ class ServedModel:
         (rows, columns), ranks = shape, server["tp_size"]
         if ".experts." in name:
             ranks //= server.get("ep_size", 1)
+        elif ".self_attn." in name and server.get("enable_dp_attention"):
+            ranks //= server["dp_size"]
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             return rows, columns / ranks
         if name.endswith(("k_proj.weight", "v_proj.weight")):
@@ -168,10 +176,11 @@ def _fault_of_deep_gemm(server: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_rollout_weights(args: argparse.Namespace) -> PrecisionReport:
+def check_rollout_weights(args: argparse.Namespace, *, training: bool = True) -> PrecisionReport:
     """Which weights trainer and servers compute with in FP8, after checking all of it that flags and folders tell.
 
-    Raises UserError: the servers could not take the updates, or weights differ in precision and nothing weighs that.
+    Raises UserError: the servers could not take the updates, or weights differ in precision and nothing weighs that
+    (which concerns ``training`` only).
     """
     served = ServedModel.of(args.hf_model, args.sglang_flags)
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -179,11 +188,11 @@ def check_rollout_weights(args: argparse.Namespace) -> PrecisionReport:
         raise UserError(f"--sglang-servers could not be updated (--sglang-X below stands for their --X): {fault}")
     if args.check_weights and served.format.scheme in ("mxfp8", "channel"):
         raise UserError(
-            f"--check-weights: servers change {served.format} after loading it, so there is nothing to compare; "
-            f"leave it out"
+            f"--check-weights: servers change the layout of {'MXFP8' if served.format.is_sent else 'flash_rl'} weights "
+            f"after loading them, so there is nothing to compare; leave it out"
         )
     report = PrecisionReport(trainer_format(args), served.format, served.architecture, args.tensor_model_parallel_size)
-    if report.difference and not args.rollout_correction:
+    if training and report.difference and not args.rollout_correction:
         raise UserError(
             f"{report.difference}: train as the engine computes (docs/fp8_rollouts.md), or weigh the difference with "
             f"--rollout-correction, e.g. token-tis:2"

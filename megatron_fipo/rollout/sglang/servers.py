@@ -20,7 +20,7 @@ from packaging.version import Version
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import read_hf_config
 from megatron_fipo.rollout.sglang import launch, models
-from megatron_fipo.rollout.sglang.flags import OLDEST_VERSION
+from megatron_fipo.rollout.sglang.flags import OLDEST_VERSION, tensor_parallel_size
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.process import Process
 from megatron_fipo.rollout.sglang.server import MalformedAnswer, Server, ServerAddress, ServerLost, ServerRefused
@@ -160,12 +160,8 @@ def _start(settings: StartSettings, index: int, port: int) -> Server:
 
 
 def _devices(settings: StartSettings, index: int) -> str:
-    """The GPUs of one server: those behind the trainers', tensor-parallel size many. Raises UserError if there are not
-    enough."""
-    size = 1
-    for flag, value in zip(settings.flags, settings.flags[1:], strict=False):
-        if flag in ("--tp", "--tp-size", "--tensor-parallel-size"):
-            size = int(value)
+    """The GPUs of one server, the next as many as it has ranks. Raises UserError if there are not enough."""
+    size = tensor_parallel_size(settings.flags)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     first = settings.first_gpu + index * size

@@ -78,6 +78,12 @@ class WeightSync:
                 self._finish(servers, str(version))
                 return
 
+    def sleep(self) -> None:
+        """Nothing to do: the servers have devices of their own."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
     def close(self) -> None:
         """Dissolve the groups with the servers."""
         if self._sender:

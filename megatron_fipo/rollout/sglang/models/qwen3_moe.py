@@ -1,13 +1,14 @@
 """Qwen3-MoE with dense layers among those with experts.
 
-SGLang has both kinds of layer and gives every layer experts, whatever the configuration says: where it asks which kind
-a layer is, this answers as transformers does.
+SGLang has a dense branch in its layer but gives every layer experts, whatever the configuration says. Here it asks the
+configuration, as transformers does, and the dense branch takes the argument that the layer passes to experts.
 """
 
 from typing import Any
 
 from sglang.srt.layers.layer_boundary import declare_attn, declare_ffn
-from sglang.srt.models.qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM
+from sglang.srt.models import qwen3_moe
+from torch import Tensor
 
 
 def has_experts(config: Any, layer: int) -> bool:
@@ -22,6 +23,15 @@ def stage_facts(config: Any, layer_id: int) -> tuple[Any, Any]:
     )
 
 
-Qwen3MoeDecoderLayer.stage_facts = staticmethod(stage_facts)
+class DenseMLP(qwen3_moe.Qwen3MoeMLP):
+    """Called like the experts of the other layers."""
 
-EntryClass = Qwen3MoeForCausalLM
+    def forward(self, x: Tensor, forward_batch: Any = None) -> Tensor:
+        """[tokens, hidden] -> the same, a summand of each rank."""
+        return super().forward(x)
+
+
+qwen3_moe.Qwen3MoeDecoderLayer.stage_facts = staticmethod(stage_facts)
+qwen3_moe.Qwen3MoeMLP = DenseMLP
+
+EntryClass = qwen3_moe.Qwen3MoeForCausalLM

@@ -32,8 +32,8 @@ def te_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def folder(megatron, hf_model, trained_base, tmp_path_factory) -> Path:
-    """The models and the rollout that the cases use, and what they have written."""
+def outcome(megatron, hf_model, trained_base, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder with the models and the rollout that the cases use and with what they write; the cases that hold."""
     environment, folder = te_environment(), tmp_path_factory.mktemp("te")
     width = dict(hidden_size=128, intermediate_size=256, initializer_range=0.05, dtype=torch.bfloat16)
     for family, more in (("qwen2", {}), ("qwen3", {}), ("qwen3_moe", {"moe_intermediate_size": 64})):
@@ -45,18 +45,18 @@ def folder(megatron, hf_model, trained_base, tmp_path_factory) -> Path:
     command += [TESTS / "te" / "worker.py", folder]
     process = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=540)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
-    held = re.findall("^holds: (.+)$", process.stdout, re.M)
-    assert len(held) == len(set(held)) == CASES, process.stdout
-    return folder
+    return folder, re.findall("^holds: (.+)$", process.stdout, re.M)
 
 
-def test_every_case_holds(folder):
-    pass
+def test_every_case_holds(outcome):
+    held = outcome[1]
+    assert len(held) == len(set(held)) == CASES, held
 
 
 @pytest.mark.parametrize("name", ["bf16", "blockwise"])
-def test_its_checkpoints_are_read_without_it(folder, name, tmp_path):
+def test_its_checkpoints_are_read_without_it(outcome, name, tmp_path):
     """The converter knows one spec only, and no TransformerEngine: the weights of a run's end, bit by bit."""
+    folder = outcome[0]
     command = [sys.executable, "tools/convert_checkpoint.py", "export"]
     command += ["--megatron", folder / name / "checkpoints", "--out", tmp_path / "hf", "--hf", folder / "qwen3"]
     process = subprocess.run([*map(str, command)], cwd=TESTS.parent, capture_output=True, text=True, timeout=120)
@@ -92,20 +92,12 @@ def test_the_doctor_says_what_it_is_used_for(tmp_path):
 def test_the_stand_in_is_for_processes_that_ask_for_it():
     environment = te_environment()
 
-    def refusal(code: str) -> str:
-        process = subprocess.run(
-            [str(PYTHON), "-c", code], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert process.returncode, process.stdout
+    def refusal(python: str, before: str) -> str:
+        code = f"{before}; from megatron_fipo.compat import te_cpu; te_cpu.install()"
+        process = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 1, process.stdout
         return process.stderr.splitlines()[-1]
 
-    install = "from megatron_fipo.compat import te_cpu; te_cpu.install()"
-    assert "imported already" in refusal(f"import megatron.core; {install}")
-    present = "import torch; torch.cuda.is_available = lambda: True; "
-    assert "has a GPU" in refusal(present + install)
-    assert (
-        "make te-cpu"
-        in subprocess.run(
-            [sys.executable, "-c", install], env=environment, capture_output=True, text=True, timeout=300
-        ).stderr
-    )
+    assert "megatron.core is imported already" in refusal(str(PYTHON), "import sys; sys.modules['megatron.core'] = sys")
+    assert "has a GPU" in refusal(str(PYTHON), "import torch; torch.cuda.is_available = lambda: True")
+    assert "make te-cpu" in refusal(sys.executable, "pass")

@@ -34,7 +34,7 @@ def run(cases: dict, *, shared: bool = False) -> None:
                 error.add_note(f"case {name}, rank {RANK}")
                 raise
             if not shared or RANK == 0:
-                print(f"holds: {name}", flush=True)
+                print(f"holds: {name}\n", end="", flush=True)  # one write: the ranks share a pipe
 
 
 def main() -> None:

@@ -310,6 +310,12 @@ def test_mistakes(words, message, folders):
         parse(bf16, *words.replace("FP8", str(fp8)).split())
 
 
+def test_modules_are_left_out_by_the_folder_alone(folders, monkeypatch):
+    monkeypatch.setenv("SGLANG_FP8_IGNORED_LAYERS", "model.layers.0")
+    with pytest.raises(UserError, match="SGLANG_FP8_IGNORED_LAYERS=model.layers.0 .* --skip"):
+        parse(folders[0], "--sglang-servers", 1)
+
+
 def test_flags_describe_servers_that_run_already(folders):
     bf16, fp8 = folders
     words = ("--sglang-url", "http://a:1", "--rollout-correction", "token-tis:2", "--sglang-model-path", fp8)

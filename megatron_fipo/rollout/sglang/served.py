@@ -5,6 +5,7 @@ Facts are those of SGLang 0.5.23 (srt/layers/quantization/fp8.py, srt/model_load
 
 import argparse
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ _FIELDS = {
 }
 _MXFP8_EXPERTS = ("cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed")  # that keep the shape of the scales
 _DEEP_GEMM_DISPATCHERS = ("deepep", "mooncake", "nixl")  # that take DeepGEMM if no --moe-runner-backend is named
+_IGNORED = "SGLANG_FP8_IGNORED_LAYERS"
 _FLASH_RL = ("qwen2", "qwen3")  # dense
 _BLACKWELL = 10  # compute capability of the GPUs on which DeepGEMM repacks scales
 
@@ -184,6 +186,10 @@ def check_rollout_weights(args: argparse.Namespace, *, training: bool = True) ->
     """
     served = ServedModel.of(args.hf_model, args.sglang_flags)
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if ignored := args.sglang_servers and os.environ.get(_IGNORED):  # servers would leave out what config.json has not
+        raise UserError(
+            f"{_IGNORED}={ignored} in the environment: use make_fp8_checkpoint.py --skip instead, and unset it"
+        )
     if args.sglang_servers and (fault := served.fault(server_fields(args.sglang_flags), capability)):
         raise UserError(f"--sglang-servers could not be updated (--sglang-X below stands for their --X): {fault}")
     if args.check_weights and served.format.scheme in ("mxfp8", "channel"):

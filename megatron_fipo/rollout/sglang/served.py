@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.fp8_training import fp8_settings
 from megatron_fipo.model.hf_config import architecture, read_hf_config
 from megatron_fipo.quantization.block_fp8 import BLOCK, MX_BLOCK
 from megatron_fipo.quantization.formats import WeightFormat
@@ -197,7 +198,9 @@ def check_rollout_weights(args: argparse.Namespace, *, training: bool = True) ->
             f"--check-weights: servers change the layout of {'MXFP8' if served.format.is_sent else 'flash_rl'} weights "
             f"after loading them, so there is nothing to compare; leave it out"
         )
-    report = PrecisionReport(trainer_format(args), served.format, served.architecture, args.tensor_model_parallel_size)
+    fp8 = fp8_settings(args)
+    ours = trainer_format(fp8.recipe, fp8.power_of_two_scales, fp8.bf16_layers) if fp8 else WeightFormat()
+    report = PrecisionReport(ours, served.format, served.architecture, args.tensor_model_parallel_size)
     if training and report.difference and not args.rollout_correction:
         raise UserError(
             f"{report.difference}: train as the engine computes (docs/fp8_rollouts.md), or weigh the difference with "

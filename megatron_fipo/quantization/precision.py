@@ -1,7 +1,5 @@
 """Which weights the trainer computes with in FP8, which the rollout engine, and where the two differ."""
 
-import argparse
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,24 +12,18 @@ from megatron_fipo.quantization.layers import linear_weights
 _RECIPES: dict[str, Scheme] = {"blockwise": "block", "mxfp8": "mxfp8", "custom": "custom"}
 
 
-def trainer_format(args: argparse.Namespace) -> WeightFormat:
-    """What Megatron's FP8 arguments make of the weights in the forward pass.
+def trainer_format(recipe: str, power_of_two: bool, bf16_layers: Iterable[int]) -> WeightFormat:
+    """What an FP8 recipe makes of the weights in the trainer's forward pass.
 
-    TransformerEngine quantises every linear layer, except those of the first and last layers that
-    --first-last-layers-bf16 leaves out; it rounds the scales of blocks to powers of two unless the environment has
-    NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1.
+    TransformerEngine quantises every linear layer, those of ``bf16_layers`` excepted; embedding, head, norms and router
+    never.
+
+    Args:
+        recipe: Megatron's --fp8-recipe.
+        power_of_two: whether the scales of blocks are.
     """
-    if not args.fp8:
-        return WeightFormat()
-    kept: Iterable[int] = ()
-    if args.first_last_layers_bf16:
-        start, end = args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16
-        kept = (layer for layer in range(args.num_layers) if layer < start or layer >= args.num_layers - end)
-    return WeightFormat(
-        _RECIPES.get(args.fp8_recipe, "tensor"),
-        power_of_two=os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") != "1",
-        not_converted=tuple(f"model.layers.{layer}" for layer in kept),
-    )
+    kept = tuple(f"model.layers.{layer}" for layer in bf16_layers)
+    return WeightFormat(_RECIPES.get(recipe, "tensor"), power_of_two, kept)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from transformer_engine.common.recipe import Float8BlockScaling  # noqa: E402
 from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer  # noqa: E402
 from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer  # noqa: E402
 
+from megatron_fipo.model.fp8_training import fp8_settings  # noqa: E402
 from megatron_fipo.quantization.block_fp8 import block_fp8, mxfp8  # noqa: E402
-from megatron_fipo.quantization.precision import trainer_format  # noqa: E402
 
 E4M3 = tex.DType.kFloat8E4M3
 
@@ -50,10 +50,11 @@ def main() -> None:
             theirs = MXFP8Quantizer(E4M3, rowwise=True, columnwise=True)(weight)
             check(mxfp8(weight), theirs._rowwise_data, theirs._rowwise_scale_inv.view(torch.uint8))
     # Scales are rounded as the environment tells TransformerEngine's recipe.
-    flags = {"fp8": "e4m3", "fp8_recipe": "blockwise", "first_last_layers_bf16": False}
+    flags = {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_backward": "native", "first_last_layers_bf16": False}
     recipe = Float8BlockScaling()
     assert recipe.w_block_scaling_dim == 2 and recipe.fp8_quant_fwd_weight.amax_epsilon == 0
-    assert trainer_format(argparse.Namespace(**flags)).power_of_two == recipe.fp8_quant_fwd_weight.power_2_scale
+    settings = fp8_settings(argparse.Namespace(**flags))
+    assert settings.power_of_two_scales == recipe.fp8_quant_fwd_weight.power_2_scale
     print("power of two" if recipe.fp8_quant_fwd_weight.power_2_scale else "fp32")
 
 

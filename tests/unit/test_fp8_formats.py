@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.fp8_training import fp8_settings
 from megatron_fipo.quantization.block_fp8 import dequantize
 from megatron_fipo.quantization.formats import WeightFormat
 from megatron_fipo.quantization.layers import linear_weights
@@ -188,8 +189,9 @@ def test_a_server_with_another_model_is_found_out(tmp_path):
 
 def trainer(**arguments) -> WeightFormat:
     defaults = {"fp8": "e4m3", "fp8_recipe": "blockwise", "first_last_layers_bf16": False, "num_layers": 3}
-    defaults |= {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
-    return trainer_format(argparse.Namespace(**defaults | arguments))
+    defaults |= {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1, "fp8_backward": "native"}
+    fp8 = fp8_settings(argparse.Namespace(**defaults | arguments))
+    return trainer_format(fp8.recipe, fp8.power_of_two_scales, fp8.bf16_layers) if fp8 else WeightFormat()
 
 
 def difference(ours: WeightFormat, theirs: WeightFormat) -> str | None:
@@ -308,6 +310,12 @@ def test_mistakes(words, message, folders):
     bf16, fp8 = folders
     with pytest.raises(UserError, match=message):
         parse(bf16, *words.replace("FP8", str(fp8)).split())
+
+
+def test_modules_are_left_out_by_the_folder_alone(folders, monkeypatch):
+    monkeypatch.setenv("SGLANG_FP8_IGNORED_LAYERS", "model.layers.0")
+    with pytest.raises(UserError, match="SGLANG_FP8_IGNORED_LAYERS=model.layers.0 .* --skip"):
+        parse(folders[0], "--sglang-servers", 1)
 
 
 def test_flags_describe_servers_that_run_already(folders):

@@ -5,6 +5,7 @@ Facts are those of SGLang 0.5.23 (srt/layers/quantization/fp8.py, srt/model_load
 
 import argparse
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.fp8_training import fp8_settings
 from megatron_fipo.model.hf_config import architecture, read_hf_config
 from megatron_fipo.quantization.block_fp8 import BLOCK, MX_BLOCK
 from megatron_fipo.quantization.formats import WeightFormat
@@ -39,6 +41,7 @@ _FIELDS = {
 }
 _MXFP8_EXPERTS = ("cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed")  # that keep the shape of the scales
 _DEEP_GEMM_DISPATCHERS = ("deepep", "mooncake", "nixl")  # that take DeepGEMM if no --moe-runner-backend is named
+_IGNORED = "SGLANG_FP8_IGNORED_LAYERS"
 _FLASH_RL = ("qwen2", "qwen3")  # dense
 _BLACKWELL = 10  # compute capability of the GPUs on which DeepGEMM repacks scales
 
@@ -184,6 +187,10 @@ def check_rollout_weights(args: argparse.Namespace, *, training: bool = True) ->
     """
     served = ServedModel.of(args.hf_model, args.sglang_flags)
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if ignored := args.sglang_servers and os.environ.get(_IGNORED):  # servers would leave out what config.json has not
+        raise UserError(
+            f"{_IGNORED}={ignored} in the environment: use make_fp8_checkpoint.py --skip instead, and unset it"
+        )
     if args.sglang_servers and (fault := served.fault(server_fields(args.sglang_flags), capability)):
         raise UserError(f"--sglang-servers could not be updated (--sglang-X below stands for their --X): {fault}")
     if args.check_weights and served.format.scheme in ("mxfp8", "channel"):
@@ -191,7 +198,9 @@ def check_rollout_weights(args: argparse.Namespace, *, training: bool = True) ->
             f"--check-weights: servers change the layout of {'MXFP8' if served.format.is_sent else 'flash_rl'} weights "
             f"after loading them, so there is nothing to compare; leave it out"
         )
-    report = PrecisionReport(trainer_format(args), served.format, served.architecture, args.tensor_model_parallel_size)
+    fp8 = fp8_settings(args)
+    ours = trainer_format(fp8.recipe, fp8.power_of_two_scales, fp8.bf16_layers) if fp8 else WeightFormat()
+    report = PrecisionReport(ours, served.format, served.architecture, args.tensor_model_parallel_size)
     if training and report.difference and not args.rollout_correction:
         raise UserError(
             f"{report.difference}: train as the engine computes (docs/fp8_rollouts.md), or weigh the difference with "

@@ -74,7 +74,7 @@ def diagnose() -> list[Check]:
         torch, error = _import("torch")
         if torch is None:
             return [*checks, Check("Will be used", "torch", "problem", f"does not import: {error}", SET_UP)]
-        return [*checks, *_optional(torch), *_device(torch), *_operators(torch), *_megatron()]
+        return [*checks, *_optional(torch), *_device(torch), *_operators(torch), *_megatron(torch)]
 
 
 def _installed() -> Iterator[Check]:
@@ -110,6 +110,8 @@ def _declared_requirements() -> list[str]:
 
 
 def _optional(torch: ModuleType) -> Iterator[Check]:
+    from megatron_fipo.compat import te_cpu
+
     section = "Optional"
     package = TRANSFORMER_ENGINE
     version = _version(package)
@@ -125,6 +127,10 @@ def _optional(torch: ModuleType) -> Iterator[Check]:
             remove = f"pip uninstall {wheels}" if wheels else f"take {package.module} off PYTHONPATH"
             fix = f"{remove}; or on a GPU: {package.fix}"
             yield Check(section, package.module, "problem", value, fix)
+        elif te_cpu.is_installed():
+            yield Check(
+                section, package.module, "warning", f"{version}, emulated on the CPU: for tests and studies only"
+            )
         else:
             yield Check(section, package.module, "ok", version)
     yield _sglang(torch)
@@ -189,7 +195,7 @@ def _operators(torch: ModuleType) -> Iterator[Check]:
     yield Check(section, name, "warning" if slow else "ok", value, SET_UP if slow else "")
 
 
-def _megatron() -> Iterator[Check]:
+def _megatron(torch: ModuleType) -> Iterator[Check]:
     """What Megatron picks on this machine, and whether everything is there that we patch or use in it."""
     section, contract = "Will be used", "Megatron contract"
     compat, error = _import("megatron_fipo.compat")
@@ -199,8 +205,10 @@ def _megatron() -> Iterator[Check]:
         yield Check(section, "megatron-core", "problem", f"does not import: {error}", SET_UP)
         return
     yield Check(section, "megatron-core", "ok", f"{core.__version__} in {Path(core.__path__[0]).parent}")
-    adam = optimizer.Adam
+    adam, clipping = optimizer.Adam, importlib.import_module("megatron.core.optimizer.clip_grads").multi_tensor_applier
     yield Check(section, "optimizer", "ok", f"{adam.__module__.partition('.')[0]}: {adam.__name__}")
+    clipped_by = clipping if hasattr(clipping, "__name__") else type(clipping)
+    yield Check(section, "gradient clipping", "ok", clipped_by.__module__.partition(".")[0])
     missing = list(_missing_symbols(compat.needed_patches()))
     yield from missing
     if missing:
@@ -215,8 +223,23 @@ def _megatron() -> Iterator[Check]:
     build = importlib.import_module("megatron_fipo.model.build")
     fused = build.uses_transformer_engine()
     yield Check(section, "layers", "ok", "TransformerEngine" if fused else "Megatron's local layers")
-    yield Check(section, "attention", "ok", "TransformerEngine" if fused else "torch, packed sequences")
+    yield Check(section, "norms", "ok", "TransformerEngine" if fused else "torch")
+    attention = "TransformerEngine" if fused and torch.cuda.is_available() else "torch, packed sequences"
+    yield Check(section, "attention", "ok", attention)
+    fusion = importlib.import_module("megatron_fipo.arguments").platform_defaults()["gradient_accumulation_fusion"]
+    yield Check(section, "weight gradients", "ok", "added up by Apex" if fusion else "added up after the GEMM")
+    yield _fp8(fused)
     yield Check(section, "rollout engine", "ok", "embedded (the training weights) unless told otherwise")
+
+
+def _fp8(has_layers: bool) -> Check:
+    """Which --fp8-preset the GPU computes."""
+    if not has_layers:
+        return Check("Will be used", "FP8 training", "absent", "needs TransformerEngine on a GPU")
+    engine = importlib.import_module("transformer_engine.pytorch")
+    presets = {"hopper": engine.is_fp8_block_scaling_available, "blackwell": engine.is_mxfp8_available}
+    offered = [f"--fp8-preset {name}" for name, is_available in presets.items() if is_available()]
+    return Check("Will be used", "FP8 training", "ok" if offered else "absent", ", ".join(offered) or "not on this GPU")
 
 
 def _missing_symbols(patches: Sequence[Any]) -> Iterator[Check]:

@@ -64,7 +64,7 @@ def plan_step(
         quadratic=cost.quadratic,
         replicas=replicas,
         pipeline_stages=pipeline_stages,
-        max_tokens=max(max_tokens // pack_alignment, 1) * pack_alignment,
+        max_tokens=max_tokens // pack_alignment * pack_alignment,
         alignment=alignment,
         micro_batch_multiple=micro_batch_multiple,
     )

@@ -63,6 +63,8 @@ def model_provider(args: argparse.Namespace) -> Callable[..., GPTModel]:
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if transformer_engine:
+            _save_like_local_layers(model)
         if not config.apply_rope_fusion:
             give_packed_angles(model)
         return model
@@ -97,6 +99,22 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None, transformer_eng
             # TransformerEngine's spec fuses this norm into a dense MLP only; checkpoints of both specs have its names.
             del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return block
+
+
+def _save_like_local_layers(model: GPTModel) -> None:
+    """Leave the state of TransformerEngine's norms out of checkpoints: it is empty, and the local layers have none."""
+    suffix = "layernorm._extra_state"
+
+    def save(module: torch.nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        state.pop(f"{prefix}_extra_state", None)
+
+    def load(module: torch.nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(suffix)]
+
+    for name, module in model.named_modules():
+        if name.endswith("layernorm"):
+            module.register_state_dict_post_hook(save)
+    model.register_load_state_dict_post_hook(load)
 
 
 def _attention_over_transformer_engine() -> type[torch.nn.Module]:

@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 import transformer_engine_torch as tex
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from safetensors.torch import load_file
 from test_model_logprob import pack as pack_exactly
 from test_model_logprob import random_sequences
@@ -100,22 +101,18 @@ def relative_gap(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     return (sum(gap for gap, _ in squares) / sum(size for _, size in squares)) ** 0.5
 
 
-def check_names(folder: Path) -> None:
-    """Two norms are fused; dist-checkpoints have the same names but for what TransformerEngine adds, always empty."""
+def check_names(folder: Path, fused: tuple[str, ...]) -> None:
+    """Norms are fused into the linear layers behind them; dist-checkpoints hold the same under the same names."""
     te, local = (build(folder, flags)[0] for flags in (TE, LOCAL))
     names = [{name for name, _ in model.named_parameters()} for model in (te, local)]
-    layers = {name.split(".")[2] for name in names[0] if name.startswith("decoder.layers.")}
-    fused = ("self_attention.linear_qkv", "mlp.linear_fc1")
-    assert names[0] - names[1] == {f"decoder.layers.{n}.{name}.layer_norm_weight" for n in layers for name in fused}
-    keys = [
-        {
-            getattr(value, "key", name)
-            for name, value in model.sharded_state_dict().items()
-            if "_extra_state" not in name
-        }
+    added = {name.split(".", 3)[3] for name in names[0] - names[1]}
+    assert added == {f"{layer}.layer_norm_weight" for layer in fused}
+    shapes = [
+        {value.key: getattr(value, "global_shape", None) for value in nested_values(model.sharded_state_dict())}
         for model in (te, local)
     ]
-    assert keys[0] == keys[1] and len(keys[0]) >= 10
+    assert shapes[0] == shapes[1] and len(shapes[0]) >= 10
+    te.load_state_dict(te.state_dict())  # strictly
 
 
 def check_hf_weights(folder: Path) -> None:
@@ -257,7 +254,8 @@ def check_generation(folder: Path, recipe: str) -> None:
 def cases(folder: Path) -> dict:
     dense, moe = folder / "qwen3", folder / "qwen3_moe"
     return {
-        "names": lambda: check_names(dense),
+        "names": lambda: check_names(dense, ("self_attention.linear_qkv", "mlp.linear_fc1")),
+        "names with experts": lambda: check_names(moe, ("self_attention.linear_qkv", "mlp.linear_fc1")),
         **{
             f"Hugging Face weights {family}": lambda family=family: check_hf_weights(folder / family)
             for family in ("qwen2", "qwen3", "qwen3_moe")

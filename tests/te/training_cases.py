@@ -14,10 +14,9 @@ REPLAY = """
     --adam-eps 1e-6 --lr-warmup-iters 0 --fipo-half-life 8 --seed 1 --train-from-rollouts {folder}/rollouts
 """
 EMBEDDED = """
-    --preset quickstart --num-steps 2 --grpo-prompts-per-step 4 --grpo-group-size 4 --global-batch-size 8
+    --preset quickstart --num-steps 2 --grpo-prompts-per-step 8 --grpo-group-size 8 --global-batch-size 32
     --rollout-max-tokens 12 --max-tokens-per-microbatch 128 --lr 1e-3 --lr-warmup-iters 0 --seed 3
-    --no-rollout-dynamic-sampling --prompt-data {folder}/base/train.jsonl
-    --eval-data heldout:{folder}/base/heldout.jsonl:1
+    --prompt-data {folder}/base/train.jsonl --eval-data heldout:{folder}/base/heldout.jsonl:1
 """
 # name: model, flags
 ALONE = {

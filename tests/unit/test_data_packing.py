@@ -53,6 +53,20 @@ def test_a_pack_without_samples_is_a_dummy_without_a_response():
         assert (batch.loss_scale_S is None) == (scale_S is None)
 
 
+def test_a_dummy_fills_the_pack():
+    samples = [sample([1, 2, 3], [4, 5], 0), sample([6], [7, 8], 1)]
+    for scale_S in (None, torch.ones(2)):
+        batch = pack(samples, [10, 11], torch.ones(2), scale_S, alignment=4, pack_alignment=16)
+        assert batch.cu_seqlens_padded_S1.tolist() == [0, 4, 8, 16] and batch.cu_seqlens_S1.tolist() == [0, 4, 6, 7]
+        assert batch.tokens_T.tolist() == [1, 2, 3, 4, 6, 7, 0, 0] + [0] * 8 and not batch.response_mask_T[8:].any()
+        assert batch.sample_ids_S.tolist() == [10, 11, -1] and batch.advantage_S.tolist() == [1, 1, 0]
+        assert scale_S is None or batch.loss_scale_S.tolist() == [1, 1, 0]
+    full = pack(samples, [10, 11], torch.ones(2), alignment=4, pack_alignment=8)
+    assert full.cu_seqlens_padded_S1.tolist() == [0, 4, 8]
+    empty = pack([], [], torch.zeros(0), alignment=4, pack_alignment=16)
+    assert len(empty.tokens_T) == 16 and not empty.response_mask_T.any() and set(empty.sample_ids_S.tolist()) == {-1}
+
+
 def test_context_parallel_shares_hold_every_token_once():
     whole = pack([sample([1, 2, 3], [4, 5], 0), sample([6], [7, 8], 1)], [10, 11], torch.ones(2), alignment=4)
     first, second = (whole.shard(rank, 2) for rank in range(2))

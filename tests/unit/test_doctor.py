@@ -33,7 +33,10 @@ def test_this_environment_can_train(tmp_path):
     assert checks["torch"]["value"] == torch.__version__.partition("+")[0]
     assert checks["megatron-core"]["status"] == checks["compiled operators"]["status"] == "ok"
     if not torch.cuda.is_available():
-        assert checks["optimizer"]["value"] == "torch: AdamW"
+        assert checks["optimizer"]["value"] == "torch: AdamW" and checks["gradient clipping"]["value"] == "megatron"
+        assert checks["layers"]["value"] == "Megatron's local layers" and checks["norms"]["value"] == "torch"
+        assert checks["weight gradients"]["value"] == "added up after the GEMM"
+        assert checks["FP8 training"]["status"] == "absent"
         assert checks["device"]["value"].startswith("CPU, gloo")
         assert re.search(r"\d+ patched symbols are as expected", checks["symbols"]["value"])
 

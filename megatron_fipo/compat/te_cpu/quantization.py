@@ -110,11 +110,11 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, noop: Tensor | Non
     """
     if noop is not None and noop.item() == 1:
         return out
-    if out is None:
-        out = create_empty_quantized_tensor(quantizer, tensor.shape, tensor.dtype)
     kind = type(quantizer).__name__
     if kind not in _KINDS:
-        raise NotImplementedError(f"{kind} needs a GPU")
+        raise NotImplementedError(f"{kind} needs a GPU: the stand-in does not emulate it")
+    if out is None:
+        out = create_empty_quantized_tensor(quantizer, tensor.shape, tensor.dtype)
     _KINDS[kind](tensor, quantizer, out)
     return out
 

@@ -81,7 +81,7 @@ test: env sglang te-cpu bridge modelopt
 test-fast: env
 	$(BIN)/python -m pytest -m "not long" tests/unit
 
-test-long: env sglang te-cpu
+test-long: env sglang te-cpu bridge
 	$(BIN)/python -m pytest -m long --timeout 3600 tests
 
 # On a GPU machine, with the python and torch that are there (PYTHON=...): neither `make env` nor a package index.

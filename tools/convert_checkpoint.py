@@ -34,7 +34,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.training import checkpointing, training  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error  # noqa: E402
 
 from megatron_fipo.arguments import build_parser, platform_defaults, validate_megatron  # noqa: E402
 from megatron_fipo.checkpoint.bridge import Bridge  # noqa: E402
@@ -235,6 +235,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     disable_progress_bar()
+    set_verbosity_error()
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # Megatron prints a thousand lines
             if ours.command == "import":

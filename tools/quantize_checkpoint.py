@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -27,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from megatron_fipo.checkpoint.side_files import copy_side_files
 from megatron_fipo.data.encoding import encoder, load_tokenizer
@@ -159,6 +160,8 @@ def main(argv: Sequence[str]) -> int:
     ours = parse(argv)
     warnings.simplefilter("ignore")
     disable_progress_bar()
+    set_verbosity_error()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     try:
         check(ours)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # ModelOpt prints every quantiser

@@ -6,20 +6,57 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(sys.prefix + "-bridge") / "bin" / "python"
 
 
-def test_agrees_with_megatron_bridge(tmp_path):
+@pytest.fixture
+def bridge_installed():
+    """Without Megatron-Bridge a test is skipped, and fails in CI."""
     if not PYTHON.exists() and not os.environ.get("CI"):
         pytest.skip("Megatron-Bridge is not installed: make bridge")
+
+
+def test_agrees_with_megatron_bridge(bridge_installed, tmp_path):
     command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--basetemp", tmp_path / "cases"]
     process = subprocess.run(
         [*command, ROOT / "tests" / "bridge" / "cases.py"],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
+
+
+@pytest.mark.long
+def test_layouts_interchange(bridge_installed, tmp_path):
+    """Imported in one layout, exported in another; a vocabulary that the ranks do not divide."""
+    config = transformers.MistralConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+        vocab_size=93, tie_word_embeddings=True, sliding_window=None,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    for words in (
+        ["import", "--hf", tmp_path / "hf", "--out", tmp_path / "megatron", "--tensor-model-parallel-size", 2],
+        [
+            "export",
+            "--megatron",
+            tmp_path / "megatron",
+            "--out",
+            tmp_path / "back",
+            "--pipeline-model-parallel-size",
+            2,
+        ],
+    ):
+        command = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+        command += [ROOT / "tools" / "convert_checkpoint.py", *words, "--bridge", "megatron-bridge"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        process = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=280)
+        assert process.returncode == 0, process.stderr[-4000:]
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert expected.keys() == found.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
 
 
 def test_without_it_the_flag_says_what_to_do(convert, hf_model, tmp_path, capsys):

@@ -124,7 +124,7 @@ def next_rollout(run: Session, args: argparse.Namespace, state: LoopState) -> Ro
             run.answers.verify,
             run.collect,
             run.replicas,
-            version=state.step,
+            version=run.state.step if args.rollout_only else state.step,
             contrast_rate=state.contrast_rate,
             on_finished=lambda n: progress.advance(n * run.replicas.size),
             leftovers=state.leftovers,

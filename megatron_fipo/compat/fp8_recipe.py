@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 from megatron_fipo.compat.patching import Patch
+from megatron_fipo.errors import UserError
 
 OVERRIDE = "fp8_backward_override"
 """Attribute of a TransformerConfig: the recipe's `backward_override`. Without it recipes stay as they are."""
@@ -21,6 +22,11 @@ def _get_fp8_recipe(original: Any) -> Any:
     def get_fp8_recipe(config: Any) -> Any:
         recipe = original(config)
         if hasattr(config, OVERRIDE):
+            if not hasattr(recipe, "backward_override"):  # an attribute that nobody reads would change nothing
+                raise UserError(
+                    "--fp8-backward: this TransformerEngine's recipes have no backward_override; use 2.20 or newer, or "
+                    "leave the flag out"
+                )
             recipe.backward_override = getattr(config, OVERRIDE)
         return recipe
 

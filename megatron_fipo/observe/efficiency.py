@@ -112,7 +112,8 @@ class Efficiency:
             for pack in (pack for packs in update.micro_batches for pack in packs):
                 lengths = rollout.packed_length_S[list(pack)]
                 positions = sum(-(-n // update.alignment) * update.alignment for n in lengths.tolist())
-                positions = positions or update.alignment  # a dummy
+                positions = max(positions, update.alignment)  # a dummy's
+                positions += -positions % update.pack_alignment
                 tokens += int(lengths.sum())
                 padded += positions
                 room += max(self.pack_tokens, positions)

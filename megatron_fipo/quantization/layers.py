@@ -8,16 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 LINEAR_WEIGHT = re.compile(
-    r"(?P<module>model\.layers\.(?P<layer>\d+)\."
+    r"(?P<module>model\.layers\.\d+\."
     r"(?:self_attn\.[qkvo]_proj|mlp\.(?:experts\.\d+\.)?(?:gate|up|down)_proj))\.weight"
 )
-
-
-def layer_of(weight: str) -> int:
-    """The decoder layer of a linear layer's weight."""
-    match = LINEAR_WEIGHT.fullmatch(weight)
-    assert match, weight
-    return int(match["layer"])
 
 
 def linear_weights(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -95,7 +95,7 @@ class FunctionResponder:
                 served, limit = self._next(requests)
                 if not limit:
                     return self._replicas.from_leader(lambda: batch.completions if batch else [])
-                if stop():
+                if self._anywhere(stop()):
                     return []
                 completions = self._engine.generate(
                     [requests[i].tokens for i in served],
@@ -104,7 +104,7 @@ class FunctionResponder:
                     None,
                     stop,
                 )
-                if stopped:
+                if self._anywhere(stopped):
                     return []
                 answers = dict(zip(served, completions, strict=True))
         finally:
@@ -127,6 +127,13 @@ class FunctionResponder:
         for group in self.in_step:
             dist.all_reduce(agreed, op, group=group)
         return int(agreed)
+
+    def _anywhere(self, stopped: bool) -> bool:
+        """Whether a signal has reached any of the context-parallel ranks, which do not generate in step."""
+        heard = torch.tensor(int(stopped), device=self._replicas.device)
+        if self._replicas.context.size() > 1:
+            dist.all_reduce(heard, dist.ReduceOp.MAX, group=self._replicas.context)
+        return bool(heard)
 
     def _from_leader[T](self, make: Callable[[], T]) -> T:
         """As Replicas.from_leader, and a UserError on the leader is one on all of its replica's ranks."""

@@ -127,8 +127,12 @@ class Rollout:
 
     @property
     def spare(self) -> list[int]:
-        """The table's groups with contrast that are not trained on in this step but, if samples allow, in the next."""
-        return sorted(set(has_contrast(self.table).nonzero()[:, 0].tolist()) - set(self.kept))
+        """The table's groups with contrast that are not trained on in this step but in the next.
+
+        Not all, if there are many: the next step generates too, and trains on all that it is left.
+        """
+        unused = sorted(set(has_contrast(self.table).nonzero()[:, 0].tolist()) - set(self.kept))
+        return unused[: len(self.kept) - 1]
 
     @property
     def stale_samples(self) -> int:

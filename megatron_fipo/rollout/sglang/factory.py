@@ -69,7 +69,10 @@ def open_weight_sync(args: argparse.Namespace, chunks: Sequence[torch.nn.Module]
     )
     if args.sglang_colocate:
         server, group = _server_here(args, fleet)
-        return ColocatedSync(lambda: export_hf_weights(chunks, args.vocab_size), fleet, settings, server, group)
+        export = export_hf_weights
+        return ColocatedSync(
+            lambda: served.format.convert(export(chunks, args.vocab_size)), fleet, settings, server, group
+        )
     return WeightSync(
         lambda: export_hf_weights(chunks, args.vocab_size, own_stage=True),
         fleet,

@@ -81,9 +81,8 @@ class Checksums:
             return
         wholes = [[part for _, part in sorted(self._parts.pop(key).items()) if part is not None] for key in needed]
         for shard, values in self.values.items():
-            value, *scale = (torch.cat([shard.of(name, tensor) for name, tensor in whole]) for whole in wholes)
-            # the server hashes what weight and scale stand for
-            values[weight] = _checksum(dequantize(value, scale[0], torch.bfloat16) if scale else value)
+            parts = zip(*([shard.of(name, tensor) for name, tensor in whole] for whole in wholes), strict=True)
+            values[weight] = _checksum(torch.cat([_value(*part) for part in parts]))
 
     @classmethod
     def joined(cls, parts: Iterable["Checksums"]) -> "Checksums":
@@ -106,6 +105,11 @@ class Checksums:
                 where = f" on rank {shard.rank}" if shard.ranks > 1 else ""
                 return f"{_some(wrong)} of {len(values)} parameters differ from the trainer's{where}"
         return None
+
+
+def _value(weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
+    """What the server hashes: of a quantised weight what it stands for."""
+    return weight if scale_inv is None else dequantize(weight, scale_inv, torch.bfloat16)
 
 
 def _checksum(tensor: Tensor) -> str:

@@ -64,7 +64,8 @@ class UpdateSession:
     def finish(self, servers: Sequence[Server], version: str, sums: Checksums | None) -> None:
         """Admit each server whose update ends well."""
         finished = self._calls.each(servers, "the end of the update", lambda server: self._end(server, version, sums))
-        self._updated, self._version = list(finished), version
+        # Who was lost on the way is still a member of the groups: the next update must form new ones.
+        self._updated, self._version = list(finished) if len(finished) == len(servers) else [], version
         for server in finished:
             self._fleet.admit(server)
 

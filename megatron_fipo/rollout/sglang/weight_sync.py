@@ -51,7 +51,7 @@ class WeightSync:
             quantize: turns them into what the servers load, where that is another format than the trainer's.
             stage: this rank's pipeline stage.
         """
-        self._export = (lambda: quantize(export())) if quantize else export
+        self._stream, self._quantize = export, quantize
         self._fleet, self._settings, self._stage = fleet, settings, stage
         self._sender: Sender | None = None  # of the stage, on the rank that sends for it
         self._session: UpdateSession | None = None  # on the first stage's sender
@@ -142,6 +142,11 @@ class WeightSync:
         if self._settings.check:
             sums = Checksums.joined(self._told_by(stage, self._sender, attrgetter("sums")) for stage in self._stages)
         self._told_by(0, self._session, UpdateSession.finish, servers, version, sums)
+
+    def _export(self) -> WeightStream:
+        """Quantised on the rank that sends; the others only take part."""
+        stream = self._stream()
+        return self._quantize(stream) if self._quantize and self._leads(self._stage) else stream
 
     def _leads(self, stage: int) -> bool:
         return self._talk is None or dist.get_rank() == self._leaders[stage]

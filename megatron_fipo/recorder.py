@@ -64,13 +64,13 @@ class Recorder:
         plan: Sequence[UpdatePlan],
         batches: Sequence[Sequence[PackedBatch]],
         entropy_sum: Tensor,
-        correction: dict[str, float],
+        extra: dict[str, float],
         updates: Sequence[Update],
         learning_rate: float,
         evaluation: Evaluation | None,
     ) -> None:
         """One finished step; collective over all ranks. ``batches`` are those of the ``plan``, ``updates`` went over
-        them once or more. Where an evaluation was due, two samples of the last update go to samples.jsonl as well."""
+        them once or more; ``extra`` are metrics that other parts made of the step. Where an evaluation was due, two samples of the last update go to samples.jsonl as well."""
         statistics = reduce_statistics([update.statistics for update in updates], self._replicas)
         micro_batches = [batch for update in batches for batch in update]
         policy = policy_metrics(micro_batches, entropy_sum, self._loss.influence, self._replicas, rollout.stale_samples)
@@ -86,7 +86,7 @@ class Recorder:
             "time": time.time(),
             **rollout_metrics(rollout),
             **policy,
-            **correction,
+            **extra,
             **loss_metrics(statistics, [update.grad_norm for update in updates], self._loss),
             "actor/lr": learning_rate,
             **self._efficiency.metrics(rollout, plan, len(updates) // len(plan), times),

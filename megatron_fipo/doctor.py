@@ -204,7 +204,7 @@ def _megatron(torch: ModuleType) -> Iterator[Check]:
     if compat is None or core is None or optimizer is None:
         yield Check(section, "megatron-core", "problem", f"does not import: {error}", SET_UP)
         return
-    yield Check(section, "megatron-core", "ok", f"{core.__version__.split("+")[0]} in {Path(core.__path__[0]).parent}")
+    yield Check(section, "megatron-core", "ok", f"{core.__version__.split('+')[0]} in {Path(core.__path__[0]).parent}")
     adam, clipping = optimizer.Adam, importlib.import_module("megatron.core.optimizer.clip_grads").multi_tensor_applier
     yield Check(section, "optimizer", "ok", f"{adam.__module__.partition('.')[0]}: {adam.__name__}")
     clipped_by = clipping if hasattr(clipping, "__name__") else type(clipping)

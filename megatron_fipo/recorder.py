@@ -69,8 +69,11 @@ class Recorder:
         learning_rate: float,
         evaluation: Evaluation | None,
     ) -> None:
-        """One finished step; collective over all ranks. ``batches`` are those of the ``plan``, ``updates`` went over
-        them once or more; ``extra`` are metrics that other parts made of the step. Where an evaluation was due, two samples of the last update go to samples.jsonl as well."""
+        """One finished step; collective over all ranks.
+
+        ``batches`` are those of the ``plan``, ``updates`` went over them once or more; ``extra`` are metrics that other
+        parts made of the step. Where an evaluation was due, two samples of the last update go to samples.jsonl as well.
+        """
         statistics = reduce_statistics([update.statistics for update in updates], self._replicas)
         micro_batches = [batch for update in batches for batch in update]
         policy = policy_metrics(micro_batches, entropy_sum, self._loss.influence, self._replicas, rollout.stale_samples)

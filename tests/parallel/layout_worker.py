@@ -22,6 +22,7 @@ TIMEOUT = timedelta(seconds=120)
 def run(name: str, ranks: int, argv: list[str], first: int, store: Path) -> None:
     """One run of `ranks` ranks from `first` on; returns after Megatron has forgotten it."""
     from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
     from megatron.training.global_vars import destroy_global_vars, unset_global_variables
@@ -40,6 +41,10 @@ def run(name: str, ranks: int, argv: list[str], first: int, store: Path) -> None
     destroy_rerun_state_machine()
     unset_global_variables()
     destroy_global_vars()
+    # fp32 shards of the optimizer hold the model in their graph, out of gc's sight, and the model's config the optimizer:
+    # their process groups and the threads of these would pile up.
+    for model in [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]:
+        model.config.grad_scale_func = None
     gc.collect()
 
 

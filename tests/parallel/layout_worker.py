@@ -41,8 +41,8 @@ def run(name: str, ranks: int, argv: list[str], first: int, store: Path) -> None
     destroy_rerun_state_machine()
     unset_global_variables()
     destroy_global_vars()
-    # fp32 shards of the optimizer hold the model in their graph, out of gc's sight, and the model's config the optimizer:
-    # their process groups and the threads of these would pile up.
+    # The optimizer's fp32 shards hold the model in their graph, out of gc's sight, and the model's config holds the
+    # optimizer: process groups and their threads would pile up.
     for model in [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]:
         model.config.grad_scale_func = None
     gc.collect()

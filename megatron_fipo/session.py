@@ -28,7 +28,8 @@ from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.model.reference import ReferenceWeights
 from megatron_fipo.observe.console import Console
-from megatron_fipo.observe.efficiency import Efficiency, peak_flops
+from megatron_fipo.observe.efficiency import Efficiency
+from megatron_fipo.observe.peaks import peak_flops
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.observe.timers import PhaseTimer
 from megatron_fipo.observe.trackers import open_trackers

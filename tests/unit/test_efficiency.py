@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_fipo.observe.efficiency import peak_flops
+from megatron_fipo.observe.peaks import peak_flops
 
 
 @pytest.mark.parametrize(

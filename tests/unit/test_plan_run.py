@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fipo.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import plan_run  # noqa: E402
@@ -34,18 +36,23 @@ def test_parameters_by_hand():
     assert plan_run.MODELS["qwen3-32b"].parameters == pytest.approx(32.76e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("family", "settings"), [("qwen2", {}), ("qwen3", {}), ("qwen3_moe", {"mlp_only_layers": None})])
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameters_of_a_folder_are_those_of_the_model(hf_model, family, tied):
-    folder, model = hf_model(family, tied=tied)
+def test_parameters_of_a_folder_are_those_of_the_model(hf_model, family, settings, tied):
+    folder, model = hf_model(family, tied=tied, **settings)
     assert plan_run.Architecture.of_hf(folder).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_dense_layers_among_mixtures_are_refused(hf_model):
+    with pytest.raises(UserError, match="dense layers among those with experts"):
+        plan_run.Architecture.of_hf(hf_model("qwen3_moe", tied=False)[0])
 
 
 def test_the_32b_recipe_on_16_nodes(plan):
     """By hand: 4.095e9 parameters a GPU; a token's activations 231,424 bytes a layer, its layer input 10,240, over 8
     GPUs; keys and values 64 layers x 2 x 128 x 2 bytes = 32 KiB a token; 70.8e9 forward operations a token."""
     result = plan("--preset", "fipo-32b", "--gpus", 128)
-    assert result["layout"] == {"tensor": 8, "pipeline": 1, "context": 1, "data": 16}
+    assert result["layout"] == {"tensor": 8, "pipeline": 1, "context": 1, "data": 16, "expert": 1}
     batch, memory = result["batch"], result["memory_gb"]
     assert (batch["samples_per_step"], batch["updates_per_step"], batch["samples_per_replica_and_update"]) == (
         8192,
@@ -64,7 +71,7 @@ def test_the_32b_recipe_on_16_nodes(plan):
     }
     assert {name: memory[name] for name in by_hand} == pytest.approx(by_hand, rel=1e-3)
     assert memory["peak"] == pytest.approx(8.19 + 16.38 + 3.07 + 5 + 35.43, rel=1e-3)
-    forward = 8192 * 10_440 * 70.82e9 / (128 * 989e12 * 0.35)
+    forward = 8192 * 10_440 * 70.82e9 / (128 * 989.4e12 * 0.35)
     assert result["seconds_per_step"]["old log-probs"] == pytest.approx(forward, rel=1e-3)
     assert result["seconds_per_step"]["updates"] == pytest.approx(3 * forward, rel=1e-3)
     # 8,192 / 0.6 samples over 16 replicas are 18 waves of 48; a token takes 64 x 0.2 ms, more than its memory traffic
@@ -79,6 +86,23 @@ def test_what_the_scripts_say_about_their_clusters(plan):
     small = ("--preset", "fipo-7b", "--tensor-model-parallel-size", 2, "--rollout-max-running", 96)
     assert plan(*small, "--gpus", 8)["layout"]["data"] == 4
     plan(*small, "--gpus", 32)
+
+
+def test_the_mixture_of_experts_on_4_nodes(plan):
+    """Qwen3-30B-A3B by hand: a layer's attention 18,874,368 (q, k, v, o) and 256 (norms), its router 262,144, its norms
+    4,096, each of 128 experts 4,718,592; twice 311,164,928 (embedding, output), a last norm of 2,048. On a GPU are 16
+    experts a layer, of which 4 copies exist, and a quarter of the rest, in 8 copies."""
+    rest, experts = 48 * (18_874_368 + 256 + 262_144 + 4_096) + 2 * 311_164_928, 48 * 128 * 4_718_592
+    assert plan_run.MODELS["qwen3-30b-a3b"].parameters == rest + experts + 2_048 == 30_532_122_624
+    layout = ("--model", "qwen3-30b-a3b", "--tensor-model-parallel-size", 4, "--expert-model-parallel-size", 8)
+    memory = plan(*layout, "--gpus", 32)["memory_gb"]
+    assert memory["weights (bf16)"] == pytest.approx(2 * (rest / 4 + experts / 8) / 1e9)
+    optimizer = 12 * (rest / 4 / 8 + experts / 8 / 4) / 1e9
+    assert memory["optimizer (fp32 weights and moments, sharded)"] == pytest.approx(optimizer)
+    # a row reads 8 of 128 experts, very many rows all of them
+    model = plan_run.MODELS["qwen3-30b-a3b"]
+    assert model.read_to_decode(1) == pytest.approx(rest + experts / 16 + 2_048)
+    assert model.read_to_decode(10_000) == pytest.approx(model.parameters)
 
 
 def test_stages_and_context_share_what_one_replica_holds(plan):
@@ -96,6 +120,10 @@ def test_stages_and_context_share_what_one_replica_holds(plan):
     [
         (("--gpus", 12), "--gpus 12 is no multiple of tensor x pipeline x context = 8"),
         (("--gpus", 128, "--tensor-model-parallel-size", 16), "--tensor-model-parallel-size 16 does not divide 40"),
+        (
+            ("--gpus", 32, "--model", "qwen3-30b-a3b", "--expert-model-parallel-size", 3),
+            "--expert-model-parallel-size 3",
+        ),
         (("--gpus", 24), "1024 samples of an update do not divide over 3 replicas"),
         (("--gpus", 8, "--preset", "quickstart"), "--preset quickstart names no model"),
     ],

@@ -36,7 +36,9 @@ def test_parameters_by_hand():
     assert plan_run.MODELS["qwen3-32b"].parameters == pytest.approx(32.76e9, rel=1e-3)
 
 
-@pytest.mark.parametrize(("family", "settings"), [("qwen2", {}), ("qwen3", {}), ("qwen3_moe", {"mlp_only_layers": None})])
+@pytest.mark.parametrize(
+    ("family", "settings"), [("qwen2", {}), ("qwen3", {}), ("qwen3_moe", {"mlp_only_layers": None})]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_of_a_folder_are_those_of_the_model(hf_model, family, settings, tied):
     folder, model = hf_model(family, tied=tied, **settings)

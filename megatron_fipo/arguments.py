@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import fused_unpermute  # TransformerEngine's, or None
 from megatron.training import arguments as megatron_arguments
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
@@ -286,7 +287,14 @@ def platform_defaults() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         fused_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # of Apex
-        return defaults | {"bf16": True, "moe_grouped_gemm": True, "gradient_accumulation_fusion": fused_gradients}
+        return defaults | {
+            "bf16": True,
+            "moe_grouped_gemm": True,
+            # Unfused, a token's experts are added by atomics, in another order on each pass: d would not be 0 where the
+            # weights are those of the rollout.
+            "moe_permute_fusion": fused_unpermute is not None,
+            "gradient_accumulation_fusion": fused_gradients,
+        }
     return defaults | {
         "transformer_impl": "transformer_engine" if uses_transformer_engine() else "local",
         "distributed_backend": "gloo",

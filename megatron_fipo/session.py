@@ -17,6 +17,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from megatron_fipo.checkpoint.hf import load_hf_weights
+from megatron_fipo.checkpoint.start import check_same_start
 from megatron_fipo.checkpoint.state import Checkpoints, LoopState
 from megatron_fipo.data.planning import UpdatePlan
 from megatron_fipo.data.prompts import PromptStream
@@ -180,6 +181,7 @@ def _load(
     args: argparse.Namespace, stream: PromptStream, checkpoints: Checkpoints, chunks: list[Any], optimizer: Any
 ) -> LoopState:
     """Weights from the Hugging Face folder, or a checkpoint; the state of the loop that goes with them."""
+    check_same_start(args.runs_dir, args.load_run)
     if not args.load_run:
         load_hf_weights(chunks, args.hf_model)
         optimizer.reload_model_params()  # fp32 main copies, where there are any

@@ -5,6 +5,7 @@ import io
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 LOCAL_FLAGS = """
@@ -107,16 +108,13 @@ def megatron_model(hf_dir: Path, *flags: str):
 
 def trainer_log_probs(chunks, prompt, completion, temperature: float, vocab_size: int):
     """The trainer's log-probs of a completion's tokens."""
-    from megatron_fipo.data.packing import PackedBatch
+    from megatron_fipo.data.packing import pack
+    from megatron_fipo.data.samples import Sample
     from megatron_fipo.model.logprob import packed_log_probs
 
-    tokens = torch.tensor([*prompt, *completion.tokens])
-    n = len(tokens) - 1
-    cu = torch.tensor([0, n], dtype=torch.int32)
-    one = torch.ones(1)
-    batch = PackedBatch(
-        tokens[:-1], tokens[1:], torch.arange(n), torch.ones(n, dtype=torch.bool), torch.zeros(n), torch.zeros(n),
-        None, one, None, cu, cu, one.long(), one.long(),
-    )  # fmt: skip
+    tokens = np.array([*prompt, *completion.tokens], np.int32)
+    n = len(tokens)
+    sample = Sample(0, 0, tokens, np.ones(n, bool), np.zeros(n, np.float32), "stop", (), 0.0, False)
+    batch = pack([sample], [0])
     with torch.no_grad():
         return packed_log_probs(chunks[0], batch, temperature=temperature, vocab_size=vocab_size)[len(prompt) - 1 :]

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_fipo.checkpoint.state import check_loadable, saved_steps
 from megatron_fipo.errors import UserError
 from megatron_fipo.observe.run_folder import RunFolder, read_jsonl
@@ -21,6 +23,18 @@ class Start:
     load: str | None
     weights_only: bool
     note: str | None = None
+
+
+def check_same_start(runs_dir: str, load: str | None) -> None:
+    """Every rank has looked into ``runs_dir`` by itself; collective. Raises UserError if they saw different runs."""
+    starts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(starts, load)
+    if len(set(starts)) > 1:
+        missing = [rank for rank, start in enumerate(starts) if start is None]
+        raise UserError(
+            f"--runs-dir {runs_dir} is not the same folder on all nodes: ranks {missing} find no run to continue, the "
+            f"others do; give a folder on a file system that all nodes share"
+        )
 
 
 def find_start(run: RunFolder, load: str | None, *, finetune: bool, command_line: Sequence[str], saves: bool) -> Start:

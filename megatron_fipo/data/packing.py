@@ -1,6 +1,6 @@
 """Samples to the packed (THD) tensors of one micro-batch.
 
-Shape suffixes: _T packed positions, _S sequences, _S1 sequence boundaries.
+Shape suffixes: _T packed positions, _S sequences, _S1 sequence boundaries, _R response positions.
 """
 
 from collections.abc import Sequence
@@ -57,6 +57,8 @@ class PackedBatch:
     advantage_S  fp32, or where it differs from token to token advantage_T  fp32 (both None until computed)
     loss_scale_S  fp32, the weight of each sequence's loss sum (None: token normalisation)
     cu_seqlens_S1, cu_seqlens_padded_S1  int32;  sample_ids_S, group_ids_S  int64
+    boundaries  cu_seqlens_padded_S1 for the host, and response_R  int64, the positions where ``response_mask_T`` holds:
+        known before the batch is on its device, so that no pass has to ask for them
     routing  shared by all copies of the batch
     """
 
@@ -73,6 +75,8 @@ class PackedBatch:
     cu_seqlens_padded_S1: Tensor
     sample_ids_S: Tensor
     group_ids_S: Tensor
+    boundaries: tuple[int, ...]
+    response_R: Tensor
     advantage_T: Tensor | None = None
     ref_logp_T: Tensor | None = None
     token_weight_T: Tensor | None = None
@@ -106,15 +110,14 @@ class PackedBatch:
             return self
         index_t = token_index(self.cu_seqlens_padded_S1, len(self.tokens_T), rank, size)
         tokens = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_T")}
-        return replace(self, **{name: values_T[index_t] for name, values_T in tokens.items() if values_T is not None})
+        own = {name: values_T[index_t] for name, values_T in tokens.items() if values_T is not None}
+        return replace(self, response_R=own["response_mask_T"].nonzero()[:, 0], **own)
 
     def to(self, device: torch.device | int | str) -> "PackedBatch":
         """The same batch on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)
-        }
-        return replace(self, **tensors)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def pack(
@@ -154,11 +157,12 @@ def pack(
         padded_T[place] = torch.from_numpy(np.concatenate(rows)).to(dtype)
         return padded_T
 
+    response_mask_T = joined([s.response_mask[1:] for s in samples], torch.bool)
     return PackedBatch(
         tokens_T=joined([s.tokens[:-1] for s in samples], torch.int64),
         labels_T=joined([s.tokens[1:] for s in samples], torch.int64),
         position_ids_T=joined([np.arange(len(s.tokens) - 1) for s in samples], torch.int64),
-        response_mask_T=joined([s.response_mask[1:] for s in samples], torch.bool),
+        response_mask_T=response_mask_T,
         rollout_logp_T=joined([s.rollout_logp[1:] for s in samples], torch.float32),
         reward_T=joined([_reward_of_tokens(s) for s in samples], torch.float32),
         old_logp_T=None,
@@ -168,6 +172,8 @@ def pack(
         cu_seqlens_padded_S1=cu_seqlens_padded_S1,
         sample_ids_S=torch.tensor(sample_ids, dtype=torch.int64),
         group_ids_S=torch.tensor([s.group_id for s in samples], dtype=torch.int64),
+        boundaries=tuple(cu_seqlens_padded_S1.tolist()),
+        response_R=response_mask_T.nonzero()[:, 0],
     )
 
 

@@ -51,6 +51,7 @@ class GenerationModel:
         self.device = next(p.device for chunk in self._chunks for p in chunk.parameters())
         self.dtype: torch.dtype = self._config.params_dtype
         self.row_multiple = row_multiple(self._config.fp8_recipe) if self._config.fp8 else 1
+        self._tensor: dist.ProcessGroup = groups.tp
         self._pipeline: dist.ProcessGroup = groups.pp
         self._experts: dist.ProcessGroup | None = groups.tp_ep if self._config.num_moe_experts else None
         if self._experts is not None:
@@ -122,7 +123,13 @@ class GenerationModel:
         return None
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
-        """Overwrite `tensor` on every stage with what the last stage has; return it."""
+        """Overwrite `tensor` on every rank of the replica with what the last stage's first rank has; return it.
+
+        On a GPU not even the ranks of one stage may go by what each has drawn itself: its sums are not reproducible to
+        the last bit, and one token that differs would leave the ranks with unequal work, waiting for each other.
+        """
+        if self._tensor.size() > 1 and self._pipeline.rank() == self._pipeline.size() - 1:
+            dist.broadcast(tensor, group=self._tensor, group_src=0)
         if self._pipeline.size() > 1:
             dist.broadcast(tensor, group=self._pipeline, group_src=self._pipeline.size() - 1)
         return tensor

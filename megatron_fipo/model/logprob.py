@@ -42,8 +42,8 @@ def packed_log_probs(
         entropy_T fp32 [T] in nats, differentiable, 0 at the same positions.
         On a pipeline stage that is not the last: the stage's hidden states, with and without `with_entropy`.
     """
-    boundaries = tuple(batch.cu_seqlens_padded_S1.tolist())  # the only wait for the device
-    longest = max(end - start for start, end in itertools.pairwise(boundaries))
+    # What the host knows about the batch, it tells: neither here nor in any layer does it wait for the device.
+    longest = max(end - start for start, end in itertools.pairwise(batch.boundaries))
     params = PackedBoundaries(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens_padded_S1,  # padding is attended like tokens: nothing sees it
@@ -52,7 +52,8 @@ def packed_log_probs(
         cu_seqlens_kv_padded=batch.cu_seqlens_padded_S1,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        boundaries=boundaries,
+        pad_between_seqs=False,  # left open, TransformerEngine compares the boundaries on the device
+        boundaries=batch.boundaries,
     )
 
     def log_probs(
@@ -64,11 +65,10 @@ def packed_log_probs(
         config: Any,
         **_unused: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        response_R = batch.response_mask_T.nonzero()[:, 0]
         logp_R, entropy_R = log_probs_of_labels(
-            _rows_of_all_shards(hidden_states, response_R, output_layer, config),
+            _rows_of_all_shards(hidden_states, batch.response_R, output_layer, config),
             _ready_weight(output_layer, output_weight),
-            labels[0].index_select(0, response_R),
+            labels[0].index_select(0, batch.response_R),
             vocab_size=vocab_size,
             temperature=temperature,
             with_entropy=with_entropy,
@@ -77,8 +77,8 @@ def packed_log_probs(
             tile_bytes=tile_bytes,
         )
         zeros_T = logp_R.new_zeros(labels.size(1))
-        logp_T = zeros_T.index_copy(0, response_R, logp_R)
-        return logp_T if entropy_R is None else (logp_T, zeros_T.index_copy(0, response_R, entropy_R))
+        logp_T = zeros_T.index_copy(0, batch.response_R, logp_R)
+        return logp_T if entropy_R is None else (logp_T, zeros_T.index_copy(0, batch.response_R, entropy_R))
 
     return model(
         batch.tokens_T[None],

@@ -27,6 +27,7 @@ GRAD_NORM_FACTOR = 3.0
 LENGTH_FACTOR = 0.7
 
 INACTIVE_FRACTION, INACTIVE_STEPS = 1e-3, 3
+UNEQUAL_STEPS = 2
 
 DRIFT_STEPS, DRIFT_GROWTH, DRIFT_FLOOR = 3, 5.0, 0.2
 DEFAULT_NOISE_BUDGET = 0.0375
@@ -90,6 +91,17 @@ def inactive(rows: Sequence[Row]) -> str | None:
     )
 
 
+def unequal(rows: Sequence[Row]) -> str | None:
+    """Influence weights differ from 1 in the first update of a rollout, whose log-probs are those of before it."""
+    first = [_values(row["updates"][:1], "fipo/active_fraction") for row in rows[-UNEQUAL_STEPS:]]
+    if len(first) < UNEQUAL_STEPS or not all(fractions and fractions[0] > INACTIVE_FRACTION for fractions in first):
+        return None
+    return (
+        f"the trainer's log-probs are not reproducible: in the first update of the last {UNEQUAL_STEPS} rollouts, with "
+        f"the rollout's weights, {100 * first[-1][0]:.3g} % of the tokens had an influence weight other than 1"
+    )
+
+
 def drift(rows: Sequence[Row]) -> str | None:
     """The log-probs of engine and trainer differ by more than the noise budget, or by a good part of it and more than
     before."""
@@ -111,6 +123,7 @@ def drift(rows: Sequence[Row]) -> str | None:
 ALARMS: Mapping[str, Callable[[Sequence[Row]], str | None]] = {
     "collapse": collapse,
     "inactive": inactive,
+    "unequal": unequal,
     "drift": drift,
 }
 

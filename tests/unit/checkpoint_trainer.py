@@ -29,6 +29,7 @@ from megatron.training import training  # noqa: E402
 from megatron.training.global_vars import destroy_global_vars, set_global_variables  # noqa: E402
 
 from megatron_fipo.arguments import parse_arguments  # noqa: E402
+from megatron_fipo.checkpoint.start import check_same_start  # noqa: E402
 from megatron_fipo.checkpoint.state import Checkpoints, LoopState  # noqa: E402
 from megatron_fipo.data.samples import Sample  # noqa: E402
 from megatron_fipo.errors import UserError  # noqa: E402
@@ -142,13 +143,20 @@ def save_and_die(base: Path, folder: Path, step: int, point: int) -> None:
 
 
 def load_and_fail_to_save(base: Path, folder: Path, store: Path, rank: int, results: Any) -> None:
-    """One of two ranks: load, then save while rank 1 cannot write. Puts (rank, step, warnings, weights, problem)."""
+    """One of two ranks: load, then save while rank 1 cannot write. Puts (step, warnings, weights, problems), where the
+    first problem is what is said if only rank 0 had found the folder."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=2)
     )
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    problems = []
+    try:
+        check_same_start(str(folder.parent), None if rank else str(folder))
+    except UserError as error:
+        problems.append(str(error))
+    check_same_start(str(folder.parent), str(folder))
     trainer = open_trainer(base)
     checkpoints = trainer.checkpoints(folder)
     state = checkpoints.load(folder)
@@ -158,10 +166,9 @@ def load_and_fail_to_save(base: Path, folder: Path, store: Path, rank: int, resu
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, hard))
     try:
         checkpoints.save(replace(state, step=4))
-        problem = ""
     except UserError as error:
-        problem = str(error)
-    results.put((rank, state.step, trainer.warnings, weights, problem))
+        problems.append(str(error))
+    results.put((state.step, trainer.warnings, weights, problems))
 
 
 def _die_at(point: int, folder: Path) -> None:

@@ -129,6 +129,14 @@ def test_a_loss_without_influence_weights_is_not_inactive():
     assert first_rings(rows) == {}
 
 
+def test_log_probs_that_are_not_reproducible():
+    """From the second step: a single one may be an accident."""
+    rows = history(9, active=lambda step, usual: [0.02, *usual[1:]])
+    assert first_rings(rows) == {"unequal": 2}
+    assert "first update" in raised(rows)["unequal"] and "2 % of the tokens" in raised(rows)["unequal"]
+    assert first_rings(history(9, active=lambda step, usual: [0.02 * (step % 2), *usual[1:]])) == {}
+
+
 def test_drift():
     beyond = first_rings(history(20, mismatch_rms=from_step(10, 0.05)))
     assert beyond == {"drift": 12}

@@ -217,10 +217,11 @@ def test_what_one_rank_meets_all_ranks_know(trainer, saved, trained_base, tmp_pa
         process.join(120)
     trainer.become(2)
     expected = [p.detach().numpy() for p in trainer.chunks[0].parameters()]
-    for _, step, warnings, weights, problem in found:
+    for step, warnings, weights, (elsewhere, unwritable) in found:
+        assert "is not the same folder on all nodes: ranks [1] find no run to continue" in elsewhere
         assert step == 2 and len(warnings) == 1 and "__0_0.distcp" in warnings[0]
         assert all(map(np.array_equal, weights, expected))
-        assert f"checkpoint of step 4 could not be written to {saved}" in problem
+        assert f"checkpoint of step 4 could not be written to {saved}" in unwritable
     assert loads(trainer, saved) == 2
 
 

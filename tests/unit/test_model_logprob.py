@@ -2,35 +2,24 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_fipo.data import packing
 from megatron_fipo.data.packing import PackedBatch
+from megatron_fipo.data.samples import Sample
 
 UNEQUAL = [3, 400, 17, 2, 90, 360]  # attended in two groups
 CASES = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
 
 
 def pack(sequences: list[list[int]]) -> PackedBatch:
-    lengths = torch.tensor([len(s) - 1 for s in sequences])
-    cu = torch.zeros(len(sequences) + 1, dtype=torch.int32)
-    cu[1:] = lengths.cumsum(0)
-    total, count = int(lengths.sum()), len(sequences)
-    return PackedBatch(
-        tokens_T=torch.tensor([t for s in sequences for t in s[:-1]]),
-        labels_T=torch.tensor([t for s in sequences for t in s[1:]]),
-        position_ids_T=torch.cat([torch.arange(n) for n in lengths]),
-        response_mask_T=torch.ones(total, dtype=torch.bool),
-        rollout_logp_T=torch.zeros(total),
-        reward_T=torch.zeros(total),
-        old_logp_T=None,
-        advantage_S=torch.ones(count),
-        loss_scale_S=None,
-        cu_seqlens_S1=cu,
-        cu_seqlens_padded_S1=cu,
-        sample_ids_S=torch.arange(count),
-        group_ids_S=torch.arange(count),
-    )
+    samples = [
+        Sample(0, i, np.array(s, np.int32), np.ones(len(s), bool), np.zeros(len(s), np.float32), "stop", (), 0.0, False)
+        for i, s in enumerate(sequences)
+    ]
+    return packing.pack(samples, range(len(samples)))
 
 
 def random_sequences(lengths, vocab_size=93, seed=0):
@@ -111,7 +100,12 @@ def test_prompts_get_zero_without_a_look_at_their_labels(build_model, hf_model):
         (logp_T * upstream_T).sum().backward()
         return logp_T.detach(), entropy_T, {n: p.grad.clone() for n, p in model.named_parameters()}
 
-    masked = dataclasses.replace(batch, response_mask_T=mask_T, labels_T=batch.labels_T.where(mask_T, -(2**40)))
+    masked = dataclasses.replace(
+        batch,
+        response_mask_T=mask_T,
+        response_R=mask_T.nonzero()[:, 0],
+        labels_T=batch.labels_T.where(mask_T, -(2**40)),
+    )
     all_logp_T, all_entropy_T, expected = gradients(batch, upstream_T.where(mask_T, 0.0))
     logp_T, entropy_T, found = gradients(masked, upstream_T)
     for values_T, all_values_T in ((logp_T, all_logp_T), (entropy_T, all_entropy_T)):

@@ -148,7 +148,11 @@ class ColocatedSync:
             self._asleep = self._asked("/release_memory_occupation", self._release)
 
     def wake(self) -> None:
-        """Let the servers take their memory again."""
+        """Let the servers take their memory again, once the trainer has given back what it caches on their GPUs."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            if self._group is not None:
+                dist.barrier(self._group)
         if self._asleep:
             self._asked("/resume_memory_occupation", self._resume)
             self._asleep = False

@@ -115,6 +115,7 @@ def next_rollout(run: Session, args: argparse.Namespace, state: LoopState) -> Ro
     if args.train_from_rollouts:
         prompts, group_size = args.grpo_prompts_per_step, args.grpo_group_size
         return read_rollout(args.train_from_rollouts, state.step + 1, prompts, group_size, run.replicas)
+    weights = run.state.step if args.rollout_only else state.step  # --rollout-only never updates them
     carried = len(state.leftovers.visits) if state.leftovers else 0
     groups = groups_to_generate(max(1, args.grpo_prompts_per_step - carried), state.contrast_rate, run.collect)
     with run.console.progress("rollout", groups * args.grpo_group_size) as progress:
@@ -124,7 +125,7 @@ def next_rollout(run: Session, args: argparse.Namespace, state: LoopState) -> Ro
             run.answers.verify,
             run.collect,
             run.replicas,
-            version=run.state.step if args.rollout_only else state.step,
+            version=weights,
             contrast_rate=state.contrast_rate,
             on_finished=lambda n: progress.advance(n * run.replicas.size),
             leftovers=state.leftovers,

@@ -124,6 +124,8 @@ MODELS = {
     "qwen3-30b-a3b": Architecture(48, 2048, 768, 32, 4, 128, 151936, extra_per_layer=256, experts=128, active=8),
 }
 PRESET_MODELS = {"fipo-32b": "qwen2.5-32b", "dapo": "qwen2.5-32b", "fipo-7b": "qwen2.5-7b"}
+PRESET_TENSOR_SIZES = {"fipo-32b": 8, "dapo": 8, "fipo-7b": 2}
+"""As in the scripts of examples/."""
 
 
 FULL, NONE = "activations, full recompute", "activations, no recompute"
@@ -229,7 +231,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     if not args.hf_model and not name:
         raise UserError(f"--preset {args.preset} names no model; give --model or --hf-model")
     model = Architecture.of_hf(args.hf_model) if args.hf_model else MODELS[name]
-    t, p, c = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    t = args.tensor_model_parallel_size or PRESET_TENSOR_SIZES.get(args.preset, 1)
+    p, c = args.pipeline_model_parallel_size, args.context_parallel_size
     if args.gpus % (t * p * c):
         raise UserError(f"--gpus {args.gpus} is no multiple of tensor x pipeline x context = {t * p * c}")
     if model.heads % t:
@@ -300,7 +303,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--hf-model", metavar="DIR", help="the architecture of a Hugging Face folder")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpu", type=str.upper, choices=sorted(GPUS), default="H100")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=8)
+    parser.add_argument("--tensor-model-parallel-size", type=int, help="default: that of the preset's script")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--context-parallel-size", type=int, default=1)
     parser.add_argument("--expert-model-parallel-size", type=int, default=1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_fipo.data.packing import PackedBatch
 from megatron_fipo.loss import FipoConfig, LossConfig, LossStatistics
 from megatron_fipo.loss.metrics import HISTOGRAM_BINS, log_ratio_bin, log_ratio_of_bin
+from megatron_fipo.loss.noise import weight_edge
 from megatron_fipo.ops.packed import expand_to_tokens
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.parallel.zigzag import run_cu_seqlens
@@ -103,12 +104,11 @@ def policy_metrics(
 
 
 def _noise(influence: FipoConfig) -> dict[str, float]:
-    ends = influence.weight_low, influence.weight_high
-    edges = [abs(math.log(edge)) for edge in ends if edge not in (0.0, 1.0, math.inf)]
-    if not edges or math.isinf(influence.half_life):
+    edge = weight_edge(influence)
+    if math.isinf(edge) or math.isinf(influence.half_life):
         return {}
-    gain = 1 / math.sqrt(1 - 2 ** (-2 / influence.half_life))
-    return {"fipo/noise_gain": gain, "fipo/noise_budget": min(edges) / gain}
+    gain = 1 / math.sqrt(1 - influence.gamma**2)
+    return {"fipo/noise_gain": gain, "fipo/noise_budget": edge / gain}
 
 
 def _quantile(counts: Tensor, q: float) -> float:

@@ -1,6 +1,7 @@
 """SIGTERM and SIGUSR1 as a request to save and stop, on which all ranks agree."""
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 import torch
@@ -34,9 +35,9 @@ class Interruption:
         if self.received():
             raise Interrupted
 
-    def received(self, *groups: dist.ProcessGroup) -> bool:
-        """Whether a rank of the groups (none: of all) got a signal. Collective over them, in turn."""
+    def received(self, groups: Sequence[dist.ProcessGroup | None] = (None,)) -> bool:
+        """Whether a rank of the groups (None: of all ranks) got a signal. Collective over them, in turn."""
         flag = torch.tensor([int(self._received)], device=self._device)
-        for group in groups or (None,):
+        for group in groups:
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
         return bool(flag.item())

@@ -30,4 +30,4 @@ class InterruptibleResponder:
         return completions
 
     def _interrupted_in_step(self) -> bool:
-        return self._interruption.received(*self._responder.in_step)
+        return self._interruption.received(self._responder.in_step)

@@ -85,7 +85,7 @@ def test_what_the_scripts_say_about_their_clusters(plan):
     plan("--gpus", 16, "--rollout-max-running", 32)
     assert plan("--gpus", 16, "--rollout-max-running", 48, code=1)["rows_that_fit"] in range(32, 48)
     plan("--gpus", 8, "--rollout-max-running", 1, code=1)
-    small = ("--preset", "fipo-7b", "--tensor-model-parallel-size", 2, "--rollout-max-running", 96)
+    small = ("--preset", "fipo-7b", "--rollout-max-running", 96)
     assert plan(*small, "--gpus", 8)["layout"]["data"] == 4
     plan(*small, "--gpus", 32)
 

@@ -25,7 +25,9 @@ from benchmarks.measure import write_report
 from torch import Tensor
 
 from megatron_fipo.observe.environment import describe_environment
+from megatron_fipo.rollout.sglang.buckets import TensorSpec
 from megatron_fipo.rollout.sglang.calls import Calls
+from megatron_fipo.rollout.sglang.export import Export
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import server_parameter
 from megatron_fipo.rollout.sglang.server import Server, ServerAddress
@@ -107,7 +109,8 @@ class Update:
     def __init__(self, server: Server, weights: dict[str, Tensor]) -> None:
         self._fleet, self._version = Fleet([server]), 0
         settings = SyncSettings(bucket_bytes=BUCKET_MB * 2**20)
-        self._sync = WeightSync(lambda: iter(weights.items()), self._fleet, settings)
+        layout = [TensorSpec.of(*pair) for pair in weights.items()]
+        self._sync = WeightSync(Export(layout, lambda: iter(weights.items())), self._fleet, settings)
 
     def seconds(self) -> float:
         self._version += 1

@@ -36,7 +36,7 @@ from megatron_fipo.rollout.sglang.update_group import UpdateGroup
 from megatron_fipo.rollout.sglang.update_session import SyncSettings
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
-BUCKET_MB = 64  # the default without GPUs
+BUCKET_MB = 256  # the default without GPUs
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few layers and rounds, to see that it runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rounds = 3 if arguments.quick else 15
+    rounds = 3 if arguments.quick else 31
     weights = make_weights(arguments.quick)
     nbytes = sum(tensor.nbytes for tensor in weights.values())
     print(f"{len(weights)} tensors, {nbytes / 1e9:.2f} GB, buckets of {BUCKET_MB} MB")

@@ -173,9 +173,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weight-sync-bucket-mb",
         type=int,
-        default=512 if torch.cuda.is_available() else 64,
+        default=512 if torch.cuda.is_available() else 256,
         metavar="MB",
-        help="weights go to servers in messages of MB; default: 512 with GPUs, 64 without",
+        help="weights go to servers in messages of MB; default: 512 with GPUs, 256 without",
     )
     group.add_argument(
         "--weight-sync-deadline", type=float, default=120.0, metavar="S", help="a server that takes longer is given up"

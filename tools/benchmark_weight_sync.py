@@ -25,7 +25,9 @@ from benchmarks.measure import write_report
 from torch import Tensor
 
 from megatron_fipo.observe.environment import describe_environment
+from megatron_fipo.rollout.sglang.buckets import TensorSpec
 from megatron_fipo.rollout.sglang.calls import Calls
+from megatron_fipo.rollout.sglang.export import Export
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import server_parameter
 from megatron_fipo.rollout.sglang.server import Server, ServerAddress
@@ -34,7 +36,7 @@ from megatron_fipo.rollout.sglang.update_group import UpdateGroup
 from megatron_fipo.rollout.sglang.update_session import SyncSettings
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
-BUCKET_MB = 64  # the default without GPUs
+BUCKET_MB = 256  # the default without GPUs
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -107,7 +109,8 @@ class Update:
     def __init__(self, server: Server, weights: dict[str, Tensor]) -> None:
         self._fleet, self._version = Fleet([server]), 0
         settings = SyncSettings(bucket_bytes=BUCKET_MB * 2**20)
-        self._sync = WeightSync(lambda: iter(weights.items()), self._fleet, settings)
+        layout = [TensorSpec.of(*pair) for pair in weights.items()]
+        self._sync = WeightSync(Export(layout, lambda: iter(weights.items())), self._fleet, settings)
 
     def seconds(self) -> float:
         self._version += 1
@@ -172,7 +175,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few layers and rounds, to see that it runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rounds = 3 if arguments.quick else 15
+    rounds = 3 if arguments.quick else 31
     weights = make_weights(arguments.quick)
     nbytes = sum(tensor.nbytes for tensor in weights.values())
     print(f"{len(weights)} tensors, {nbytes / 1e9:.2f} GB, buckets of {BUCKET_MB} MB")

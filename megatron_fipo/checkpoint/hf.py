@@ -46,7 +46,7 @@ def export_hf_weights(
 
     Collective: every rank must iterate to the end, and every rank gets every tensor. A parameter goes from the pipeline
     stage that holds it to the others, then its shards (of an expert: those of all expert-parallel ranks) are gathered.
-    Memory: one parameter at a time, of experts one per expert-parallel rank. A tensor is valid until the next one.
+    Memory: one parameter at a time, of experts one per expert-parallel rank, and the tensors that the caller keeps.
 
     Args:
         model_chunks: this rank's chunks (one per virtual pipeline stage), wrapped or not.
@@ -57,7 +57,7 @@ def export_hf_weights(
     parameters = global_parameters(model_chunks)
     stages = None if own_stage else _Stages(parameters)
     for names in _stream(weight_map):
-        mine = names[parallel_state.get_expert_model_parallel_rank() if len(names) > 1 else 0]
+        mine = _mine(names)
         if own_stage and mine not in parameters:
             continue
         rules = [weight_map.rule(name) for name in names]
@@ -73,12 +73,14 @@ def export_hf_weights(
             yield from zip(rule.hf_names, rule.split(full), strict=True)
 
 
-def hf_layout(model_chunks: Sequence[torch.nn.Module], vocab_size: int) -> list[HFTensor]:
+def hf_layout(model_chunks: Sequence[torch.nn.Module], vocab_size: int, own_stage: bool = False) -> list[HFTensor]:
     """Names, shapes and dtypes of :func:`export_hf_weights`'s tensors in its order; no collective, no weight moves."""
     weight_map = weight_map_of(model_chunks, vocab_size)
+    parameters = global_parameters(model_chunks)
     return [
         HFTensor(hf_name, weight_map.hf_shape(hf_name), weight_map.config.params_dtype)
         for names in _stream(weight_map)
+        if not own_stage or _mine(names) in parameters
         for name in names
         for hf_name in weight_map.rule(name).hf_names
     ]
@@ -112,6 +114,11 @@ def _stream(weight_map: WeightMap) -> Iterator[tuple[str, ...]]:
             yield (name,)
         elif expert < local_experts:
             yield tuple(for_expert(name, expert + rank * local_experts) for rank in range(ranks))
+
+
+def _mine(names: tuple[str, ...]) -> str:
+    """Of the names in one place of the stream, the one that this rank or another stage's like it holds."""
+    return names[parallel_state.get_expert_model_parallel_rank() if len(names) > 1 else 0]
 
 
 def _shard_group(name: str) -> dist.ProcessGroup:

@@ -16,6 +16,8 @@ import torch
 
 pytest.importorskip("aiohttp", reason="SGLang is not installed: make sglang")
 
+from megatron_fipo.rollout.sglang.buckets import TensorSpec
+from megatron_fipo.rollout.sglang.export import Export
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import server_parameter
 from megatron_fipo.rollout.sglang.server import Server, ServerAddress
@@ -26,6 +28,7 @@ GPUS = torch.cuda.device_count()
 DEVICE = "cuda:0" if GPUS else "cpu"
 RECEIVER = Path(__file__).parents[2] / "tools" / "benchmarks" / "weight_receiver.py"
 TENSORS, BUCKET = 40, 64_000
+SETTINGS = SyncSettings(bucket_bytes=BUCKET, deadline_s=60.0)
 
 pytestmark = pytest.mark.skipif(GPUS == 1, reason="NCCL between processes needs two GPUs, found 1")
 
@@ -35,6 +38,10 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     rows = [1 + 37 * i % 90 for i in range(TENSORS - 1)] + [600]
     return {f"w{i}.weight": torch.randn(n, 64, generator=g).bfloat16().to(DEVICE) for i, n in enumerate(rows)}
+
+
+def layout_of(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
+    return [TensorSpec.of(*pair) for pair in tensors.items()]
 
 
 class DyingServer(Server):
@@ -88,8 +95,8 @@ def check_received(server: Server, sent: dict[str, torch.Tensor]) -> None:
 
 def test_what_is_sent_arrives(start_receiver):
     server, _ = start_receiver()
-    fleet, now = Fleet([server]), {}
-    sync = WeightSync(lambda: iter(now.items()), fleet, SyncSettings(bucket_bytes=BUCKET, deadline_s=60.0))
+    fleet, now = Fleet([server]), weights(0)
+    sync = WeightSync(Export(layout_of(now), lambda: iter(now.items())), fleet, SETTINGS)
     for version in (1, 2, 3):
         now = weights(version)
         publish(sync, fleet, version)
@@ -103,13 +110,13 @@ def test_a_receiver_that_dies_is_given_up_and_another_gets_everything(start_rece
     first = DyingServer(*start_receiver(), nth=5)
     second, _ = start_receiver()
     fleet = Fleet([first])
-    settings = SyncSettings(bucket_bytes=BUCKET, deadline_s=30.0, join_deadline_s=60.0)
-    sync = WeightSync(lambda: iter(now.items()), fleet, settings)
+    export = Export(layout_of(now), lambda: iter(now.items()))
+    sync = WeightSync(export, fleet, SETTINGS)
     publish(sync, fleet, 1)
     assert fleet.serving() == [] and "bucket 5 of" in fleet.condemned[first]
     sync.close()
     fleet = Fleet([second])
-    sync = WeightSync(lambda: iter(now.items()), fleet, settings)
+    sync = WeightSync(export, fleet, SETTINGS)
     publish(sync, fleet, 1)
     assert fleet.serving() == [second], fleet.reasons()
     check_received(second, now)

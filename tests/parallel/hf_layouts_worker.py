@@ -96,9 +96,10 @@ def check(hf_dir: Path, scratch: Path, expected: list[torch.Tensor], sizes: dict
     source = load_file(hf_dir / "model.safetensors")
     chunks = build(hf_dir, **sizes)
     held = sum(p.numel() for p in global_parameters(chunks).values())
-    announced = hf_layout(chunks, VOCAB)
-    streamed = [(name, tensor.clone()) for name, tensor in export_hf_weights(chunks, VOCAB)]
-    assert [(t.name, t.shape, t.dtype) for t in announced] == [(n, t.shape, t.dtype) for n, t in streamed]
+    for own_stage in (True, False):
+        announced = hf_layout(chunks, VOCAB, own_stage)
+        streamed = [(name, tensor.clone()) for name, tensor in export_hf_weights(chunks, VOCAB, own_stage)]
+        assert [(t.name, t.shape, t.dtype) for t in announced] == [(n, t.shape, t.dtype) for n, t in streamed]
     assert len(streamed) == len(source) and dict(streamed).keys() == source.keys()
     for name, tensor in streamed:
         assert torch.equal(tensor, source[name]), f"{name} is not the folder's"

@@ -18,8 +18,10 @@ from megatron.core import parallel_state, tensor_parallel
 from tiny_models import megatron_args
 
 from megatron_fipo import compat
-from megatron_fipo.checkpoint.hf import export_hf_weights, load_hf_weights
+from megatron_fipo.checkpoint.hf import export_hf_weights, hf_layout, load_hf_weights
 from megatron_fipo.model.build import model_provider
+from megatron_fipo.rollout.sglang.buckets import TensorSpec
+from megatron_fipo.rollout.sglang.export import Export
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.server import Server, ServerAddress
 from megatron_fipo.rollout.sglang.update_session import SyncSettings
@@ -72,7 +74,9 @@ def main() -> None:
     load_hf_weights(chunks, sys.argv[1])
     fleet = Fleet([Receiver(*where.split(":")) for where in sys.argv[2:]])
     settings = SyncSettings(bucket_bytes=BUCKET, deadline_s=10.0)
-    sync = WeightSync(lambda: export_hf_weights(chunks, VOCAB, own_stage=True), fleet, settings, stage=stage)
+    layout = [TensorSpec(t.name, t.dtype, t.shape) for t in hf_layout(chunks, VOCAB, own_stage=True)]
+    export = Export(layout, lambda: export_hf_weights(chunks, VOCAB, own_stage=True))
+    sync = WeightSync(export, fleet, settings, stage)
 
     publish(sync, fleet, chunks, 1, [0, 1, 2])
     publish(sync, fleet, chunks, 2, [0, 1, 2])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 if not INSTALLED and not os.environ.get("CI"):
     pytest.skip("SGLang is not installed: make sglang", allow_module_level=True)
 
-from test_weight_sync import greedy, perturb, publish  # noqa: E402
+from test_weight_sync import export_of_model, greedy, perturb, publish  # noqa: E402
 
 from megatron_fipo.quantization.block_fp8 import dequantize  # noqa: E402
 from megatron_fipo.rollout.sglang import launch  # noqa: E402
@@ -86,13 +86,11 @@ def fp8_servers(models, tmp_path_factory):
 
 
 def sync_of(models, family, chunks, server, **settings) -> tuple[WeightSync, Fleet]:
-    from megatron_fipo.checkpoint.hf import export_hf_weights
-
     bf16, fp8 = models[family]
     served = ServedModel.of(str(bf16), ("--model-path", str(fp8)))
     fleet = fleet_of(server)
     settings = SyncSettings(bucket_bytes=BUCKET, fault_of=lambda info: served.fault(info, None), **settings)
-    return WeightSync(lambda: export_hf_weights(chunks, V), fleet, settings, quantize=served.format.convert), fleet
+    return WeightSync(export_of_model(chunks, weight_format=served.format), fleet, settings), fleet
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,6 +24,9 @@ from megatron_fipo.rollout.engine import SamplingParams
 if not INSTALLED and not os.environ.get("CI"):
     pytest.skip("SGLang is not installed: make sglang", allow_module_level=True)
 
+from megatron_fipo.quantization.formats import WeightFormat  # noqa: E402
+from megatron_fipo.rollout.sglang.buckets import TensorSpec  # noqa: E402
+from megatron_fipo.rollout.sglang.export import Export  # noqa: E402
 from megatron_fipo.rollout.sglang.fleet import Fleet  # noqa: E402
 from megatron_fipo.rollout.sglang.server import Server, ServerLost  # noqa: E402
 from megatron_fipo.rollout.sglang.update_session import SyncSettings  # noqa: E402
@@ -35,8 +38,15 @@ PROMPTS = make_prompts(2, seed=11)
 SEED = int.from_bytes(os.urandom(2), "big")
 
 
-def export_of(weights):
-    return lambda: iter(weights.items())
+def export_of(weights) -> Export:
+    return Export([TensorSpec.of(*pair) for pair in weights.items()], lambda: iter(weights.items()))
+
+
+def export_of_model(chunks, stream=None, weight_format=None) -> Export:
+    from megatron_fipo.checkpoint.hf import export_hf_weights, hf_layout
+
+    layout = [TensorSpec(t.name, t.dtype, t.shape) for t in hf_layout(chunks, V)]
+    return Export(layout, stream or (lambda: export_hf_weights(chunks, V)), weight_format or WeightFormat())
 
 
 def weights_of(chunks) -> dict[str, torch.Tensor]:
@@ -133,14 +143,14 @@ def test_servers_are_the_trainer_before_and_after_every_sync(kind, servers, buil
         exports.append(1)
         return export_hf_weights(chunks, V)
 
-    sync = WeightSync(export, fleet, SyncSettings(bucket_bytes=BUCKET, check=True))
+    sync = WeightSync(export_of_model(chunks, export), fleet, SyncSettings(bucket_bytes=BUCKET, check=True))
     for version in (1, 2):
         perturb(chunks, version)
         publish(sync, fleet, version)
         assert fleet.serving() == list(fleet.servers), fleet.reasons()
         for server in fleet.servers:
             check_is_trainer(server, chunks, version)
-    assert len(exports) == 3  # the list, then one pass for each update
+    assert len(exports) == 2  # one pass for each update
     sync.close()
 
 
@@ -201,14 +211,11 @@ def sample_of(tokens):
 
 def test_a_server_that_shares_the_device_gets_handles_of_memory(servers, build_model):
     """Here of shared memory. It generates after an update only, and dies of a wrong one."""
-    from megatron_fipo.checkpoint.hf import export_hf_weights
     from megatron_fipo.rollout.sglang.colocated import ColocatedSync
 
     (server,) = servers["victim"]
     chunks, fleet = build_model(servers.model("victim")[0]), Fleet([server])
-    sync = ColocatedSync(
-        lambda: export_hf_weights(chunks, V), fleet, SyncSettings(bucket_bytes=BUCKET, check=True), server
-    )
+    sync = ColocatedSync(export_of_model(chunks), fleet, SyncSettings(bucket_bytes=BUCKET, check=True), server)
     for version in (1, 2):
         publish(sync, fleet, version)
         assert fleet.serving() == [server], fleet.reasons()
@@ -285,24 +292,25 @@ def test_a_trainer_that_died_in_an_update_comes_back(servers, hf_model, trainer)
 DYING_TRAINER = f"""
 import json, os, sys
 from safetensors.torch import load_file
+from megatron_fipo.rollout.sglang.buckets import TensorSpec
+from megatron_fipo.rollout.sglang.export import Export
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.update_session import SyncSettings
 from megatron_fipo.rollout.sglang.server import Server, ServerAddress
 from megatron_fipo.rollout.sglang.weight_sync import WeightSync
 
 fleet = Fleet([Server(name, ServerAddress(*rest)) for name, *rest in json.loads(sys.argv[1])])
-passes = 0
+weights = load_file(sys.argv[2] + "/model.safetensors")
 
-def export():
-    global passes
-    passes += 1
-    for number, (name, tensor) in enumerate(load_file(sys.argv[2] + "/model.safetensors").items()):
-        if passes == 2 and number == 20:
+def stream():
+    for number, (name, tensor) in enumerate(weights.items()):
+        if number == 20:
             print("dies at tensor 20", flush=True)
             os._exit(9)
         yield name, tensor + 1
 
 fleet.begin_update(29)
+export = Export([TensorSpec.of(*pair) for pair in weights.items()], stream)
 WeightSync(export, fleet, SyncSettings(bucket_bytes={BUCKET})).publish(29)
 """
 

@@ -86,7 +86,7 @@ def fill_buckets(
     """Each bucket with its bytes, uint8 [nbytes].
 
     Two buffers take turns: what is in one stays until the next but one bucket is asked for, so that the next is filled
-    while one is on the wire. A tensor too large for a buffer is not copied; it stays until the next is asked for.
+    while one is on the wire. A tensor too large for a buffer is not copied: the bytes are its own.
     Raises ValueError if the stream's tensors are not those of the buckets.
     """
     turns = itertools.cycle(buffers)

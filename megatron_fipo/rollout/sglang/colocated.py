@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.rollout.sglang.buckets import Bucket, TensorSpec, fill_buckets, make_buffers, plan_buckets
+from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets, make_buffers, plan_buckets
 from megatron_fipo.rollout.sglang.calls import Answer, Calls, fault
+from megatron_fipo.rollout.sglang.export import Export, WeightStream
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import Checksums
 from megatron_fipo.rollout.sglang.server import Server
+from megatron_fipo.rollout.sglang.update_group import trainer_device
 from megatron_fipo.rollout.sglang.update_session import SyncSettings, UpdateSession
-from megatron_fipo.rollout.sglang.weight_sync import WeightStream
 
 
 class ColocatedSync:
@@ -28,7 +29,7 @@ class ColocatedSync:
 
     def __init__(
         self,
-        export: Callable[[], WeightStream],
+        export: Export,
         fleet: Fleet,
         settings: SyncSettings,
         server: Server | None,
@@ -36,29 +37,26 @@ class ColocatedSync:
     ) -> None:
         """
         Args:
-            export: the whole model's weights under their HF names, always in the same order; collective over all ranks.
+            export: of the whole model's weights; collective over all ranks.
             server: the one on this rank's device.
             group: the trainer ranks on that server's devices, in the order of its ranks; None for this one alone.
         """
-        self._export, self._fleet, self._settings = export, fleet, settings
+        self._fleet, self._settings = fleet, settings
         self._server, self._group = server, group
         self._leads = server is not None and (group is None or group.rank() == 0)
         self._calls = Calls(fleet)
-        self._session: UpdateSession | None = None
-        self._buckets: list[Bucket] = []
-        self._device = torch.device("cpu")
+        self._stream = export.to_take_part if server is None else export.to_send
+        self._buckets = plan_buckets(export.layout, settings.bucket_bytes)
+        self._names = [spec.name for spec in export.layout]
+        self._session = UpdateSession(self._names, fleet, self._calls, settings)
         self._asleep = False
 
     def publish(self, version: int) -> None:
         """Give the weights to the servers of all ranks; collective. Admits each on its leading rank, or condemns it."""
-        if self._session is None:
-            self._list_tensors()
-        assert self._session is not None
-        stream = self._export()
+        stream = self._stream()
         if self._server is not None:
             size = 1 if self._group is None else self._group.size()
-            names = [spec.name for bucket in self._buckets for spec in bucket.specs]
-            sums = Checksums(names, [size], self._settings.kv_heads) if self._settings.check else None
+            sums = Checksums(self._names, [size], self._settings.kv_heads) if self._settings.check else None
             if self._agree(self._leads and self._open(self._server, size)):
                 sent = self._transfer(self._server, stream, str(version), sums)
                 if sent and self._leads:
@@ -70,18 +68,7 @@ class ColocatedSync:
         """Stop making calls."""
         self._calls.close()
 
-    def _list_tensors(self) -> None:
-        """Record names, dtypes and shapes once."""
-        layout = []
-        for name, tensor in self._export():
-            layout.append(TensorSpec.of(name, tensor))
-            self._device = tensor.device
-        self._buckets = plan_buckets(layout, self._settings.bucket_bytes)
-        names = [spec.name for spec in layout]
-        self._session = UpdateSession(names, self._fleet, self._calls, self._settings)
-
     def _open(self, server: Server, size: int) -> bool:
-        assert self._session is not None
         if server in self._fleet.condemned:
             return False
         if not self._session.is_current([server]) and server not in self._fleet.condemned:
@@ -94,7 +81,7 @@ class ColocatedSync:
         """Whether the server has loaded every bucket. The next is filled while it loads one."""
         loading: tuple[Future[Answer] | None, Tensor] | None = None  # its memory must stay until the answer
         # One buffer: what is handed over is a copy of it, whose memory CUDA keeps until the server has let go of it.
-        buffers = make_buffers(self._buckets, self._settings.bucket_bytes, self._device)[:1]
+        buffers = make_buffers(self._buckets, self._settings.bucket_bytes, trainer_device())[:1]
         for number, (bucket, filled) in enumerate(fill_buckets(stream, self._buckets, buffers), start=1):
             data = filled.clone()
             if sums and self._leads:

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_fipo.checkpoint.hf import export_hf_weights
+from megatron_fipo.checkpoint.hf import export_hf_weights, hf_layout
 from megatron_fipo.errors import UserError
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.sglang import engine
+from megatron_fipo.rollout.sglang.buckets import TensorSpec
 from megatron_fipo.rollout.sglang.client import Client
 from megatron_fipo.rollout.sglang.colocated import ColocatedSync
+from megatron_fipo.rollout.sglang.export import Export
 from megatron_fipo.rollout.sglang.flags import tensor_parallel_size
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.served import ServedModel
@@ -69,16 +71,18 @@ def open_weight_sync(args: argparse.Namespace, chunks: Sequence[torch.nn.Module]
     )
     if args.sglang_colocate:
         server, group = _server_here(args, fleet)
-        export = export_hf_weights
-        return ColocatedSync(
-            lambda: served.format.convert(export(chunks, args.vocab_size)), fleet, settings, server, group
-        )
-    return WeightSync(
-        lambda: export_hf_weights(chunks, args.vocab_size, own_stage=True),
-        fleet,
-        settings,
-        quantize=served.format.convert,
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        return ColocatedSync(_export(args, chunks, served, own_stage=False), fleet, settings, server, group)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return WeightSync(_export(args, chunks, served, own_stage=True), fleet, settings, stage)
+
+
+def _export(
+    args: argparse.Namespace, chunks: Sequence[torch.nn.Module], served: ServedModel, own_stage: bool
+) -> Export:
+    return Export(
+        [TensorSpec(t.name, t.dtype, t.shape) for t in hf_layout(chunks, args.vocab_size, own_stage)],
+        lambda: export_hf_weights(chunks, args.vocab_size, own_stage),
+        served.format,
     )
 
 

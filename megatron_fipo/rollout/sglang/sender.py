@@ -11,20 +11,20 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.rollout.sglang.buckets import Bucket, fill_buckets, make_buffers
 from megatron_fipo.rollout.sglang.calls import Answer, Calls, failed, fault
+from megatron_fipo.rollout.sglang.export import WeightStream
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import Checksums
 from megatron_fipo.rollout.sglang.server import Server, ServerLost, ServerRefused
-from megatron_fipo.rollout.sglang.update_group import UpdateGroup, address_towards, default_backend
+from megatron_fipo.rollout.sglang.update_group import UpdateGroup, address_towards, default_backend, trainer_device
 from megatron_fipo.rollout.sglang.update_session import SyncSettings
 
 log = logging.getLogger(__name__)
@@ -56,13 +56,11 @@ class _Message:
 
 
 class Sender:
-    """Sends ``buckets`` from ``device`` to servers of ``fleet``, as one of the senders of an update."""
+    """Sends ``buckets`` to servers of ``fleet``, as one of the senders of an update."""
 
-    def __init__(
-        self, buckets: Sequence[Bucket], device: torch.device, fleet: Fleet, calls: Calls, settings: SyncSettings
-    ) -> None:
-        self._buckets, self._device, self._fleet, self._calls = buckets, device, fleet, calls
-        self._settings = settings
+    def __init__(self, buckets: Sequence[Bucket], fleet: Fleet, calls: Calls, settings: SyncSettings) -> None:
+        self._buckets, self._fleet, self._calls, self._settings = buckets, fleet, calls, settings
+        self._device = trainer_device()
         self._group_names = (f"megatron-fipo-{secrets.token_hex(4)}-{n}" for n in itertools.count())
         self._group: UpdateGroup | None = None
         self._members: list[Server] = []
@@ -146,7 +144,7 @@ class Sender:
 
     # --- transfer ----------------------------------------------------------------------------------------------------
 
-    def transfer(self, stream: Iterator[tuple[str, Tensor]], version: str | None) -> bool:
+    def transfer(self, stream: WeightStream, version: str | None) -> bool:
         """Whether every server has loaded every bucket; if not, some are condemned and the group is dissolved.
 
         ``version`` goes with the last bucket: the label of the weights that are whole with it.
@@ -165,10 +163,6 @@ class Sender:
             if self.sums:
                 for name, tensor in bucket.tensors(data):
                     self.sums.add(name, tensor)
-            if bucket.nbytes > capacity:  # a tensor of the export itself, which lasts only until the next
-                if not self._arrived(on_wire):
-                    return False
-                on_wire = None
         return on_wire is None or self._arrived(on_wire)
 
     def _send(self, bucket: Bucket, data: Tensor, number: int, version: str | None) -> _Message:

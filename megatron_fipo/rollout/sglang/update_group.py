@@ -97,3 +97,8 @@ def address_towards(urls: list[str]) -> str:
 
 def default_backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def trainer_device() -> torch.device:
+    """Where the weights lie that this backend sends."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,24 +9,22 @@ again, from the first bucket on, in new ones. Only a server that finished is adm
 generates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_fipo.rollout.sglang.buckets import TensorSpec, plan_buckets
+from megatron_fipo.rollout.sglang.buckets import plan_buckets
 from megatron_fipo.rollout.sglang.calls import Calls
+from megatron_fipo.rollout.sglang.export import Export
 from megatron_fipo.rollout.sglang.fleet import Fleet
 from megatron_fipo.rollout.sglang.parameters import Checksums
 from megatron_fipo.rollout.sglang.sender import Sender
 from megatron_fipo.rollout.sglang.server import Server
 from megatron_fipo.rollout.sglang.update_session import SyncSettings, UpdateSession
 
-WeightStream = Iterator[tuple[str, Tensor]]
 T = TypeVar("T")
 
 _TURN = timedelta(hours=2)  # far beyond what the senders' own deadlines allow a turn to take
@@ -35,27 +33,16 @@ _TURN = timedelta(hours=2)  # far beyond what the senders' own deadlines allow a
 class WeightSync:
     """Publishes weights to the healthy servers of a fleet."""
 
-    def __init__(
-        self,
-        export: Callable[[], WeightStream],
-        fleet: Fleet,
-        settings: SyncSettings,
-        quantize: Callable[[WeightStream], WeightStream] | None = None,
-        stage: int = 0,
-    ) -> None:
+    def __init__(self, export: Export, fleet: Fleet, settings: SyncSettings, stage: int = 0) -> None:
         """Collective over all ranks.
 
         Args:
-            export: the weights of this rank's pipeline stage under their HF names, always in the same order; collective
-                over the ranks of the stage, and whole on each.
-            quantize: turns them into what the servers load, where that is another format than the trainer's.
+            export: of the weights of this rank's pipeline stage; collective over the ranks of the stage, and whole on
+                each.
             stage: this rank's pipeline stage.
         """
-        self._stream, self._quantize = export, quantize
-        self._fleet, self._settings, self._stage = fleet, settings, stage
-        self._sender: Sender | None = None  # of the stage, on the rank that sends for it
-        self._session: UpdateSession | None = None  # on the first stage's sender
-        self._calls: Calls | None = None
+        self._export, self._fleet, self._settings, self._stage = export, fleet, settings, stage
+        self._calls = Calls(fleet)
         self._talk: Any = None  # a process group
         self._leaders = [0]
         """The rank that sends, for each stage."""
@@ -65,14 +52,22 @@ class WeightSync:
             dist.all_gather_object(stages, stage, group=self._talk)
             self._leaders = [stages.index(i) for i in range(max(stages) + 1)]
         self._stages = range(len(self._leaders))
+        self._sender: Sender | None = None  # of the stage, on the rank that sends for it
+        self._session: UpdateSession | None = None  # on the first stage's sender
+        names: list[str] = []
+        for i in self._stages:
+            names += self._told_by(i, [spec.name for spec in export.layout], list)
+        if self._leads(stage):
+            buckets = plan_buckets(export.layout, settings.bucket_bytes)
+            self._sender = Sender(buckets, fleet, self._calls, settings)
+        if self._leads(0):
+            self._session = UpdateSession(names, fleet, self._calls, settings)
 
     def publish(self, version: int) -> None:
         """Give the weights to all healthy servers and admit those that hold all of them; collective over all ranks.
 
         Raises nothing for a server's fault: that server is condemned with the reason, and the others are updated.
         """
-        if self._calls is None:
-            self._list_tensors()
         while servers := self._open():
             if all(self._send(stage, str(version)) for stage in self._stages):
                 self._finish(servers, str(version))
@@ -88,24 +83,7 @@ class WeightSync:
         """Dissolve the groups with the servers."""
         if self._sender:
             self._sender.dissolve()
-        if self._calls:
-            self._calls.close()
-
-    def _list_tensors(self) -> None:
-        """Record names, dtypes and shapes once: sizes on both sides follow from this one list."""
-        layout, device = [], torch.device("cpu")
-        for name, tensor in self._export():
-            layout.append(TensorSpec.of(name, tensor))
-            device = tensor.device
-        names: list[str] = []
-        for stage in self._stages:
-            names += self._told_by(stage, [spec.name for spec in layout], list)
-        self._calls = Calls(self._fleet)
-        if self._leads(self._stage):
-            buckets = plan_buckets(layout, self._settings.bucket_bytes)
-            self._sender = Sender(buckets, device, self._fleet, self._calls, self._settings)
-        if self._leads(0):
-            self._session = UpdateSession(names, self._fleet, self._calls, self._settings)
+        self._calls.close()
 
     def _open(self) -> list[Server]:
         """Groups and a session with all healthy servers, which it returns; nothing if none is left."""
@@ -130,7 +108,7 @@ class WeightSync:
         """A stage's turn; False if a server was condemned."""
         sent = False
         if stage == self._stage:
-            stream = self._export()
+            stream = self._export.to_send() if self._sender else self._export.to_take_part()
             if self._sender:
                 sent = self._sender.transfer(stream, version if stage == self._stages[-1] else None)
             for _ in stream:  # to its end on every rank, whatever happened: it is a collective
@@ -142,11 +120,6 @@ class WeightSync:
         if self._settings.check:
             sums = Checksums.joined(self._told_by(stage, self._sender, attrgetter("sums")) for stage in self._stages)
         self._told_by(0, self._session, UpdateSession.finish, servers, version, sums)
-
-    def _export(self) -> WeightStream:
-        """Quantised on the rank that sends; the others only take part."""
-        stream = self._stream()
-        return self._quantize(stream) if self._quantize and self._leads(self._stage) else stream
 
     def _leads(self, stage: int) -> bool:
         return self._talk is None or dist.get_rank() == self._leaders[stage]

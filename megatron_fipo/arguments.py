@@ -78,7 +78,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--runs-dir", default="runs", help="where runs are written")
     group.add_argument("--num-steps", type=int, help="steps to train; a step is one rollout with all its updates")
     group.add_argument("--keep-last", type=int, default=2, metavar="N", help="checkpoints to keep")
-    group.add_argument("--save-hf", metavar="DIR", help="write the trained model as a Hugging Face folder at the end")
+    group.add_argument("--save-hf", metavar="DIR", help="keep the newest model here as a Hugging Face folder")
     group.add_argument("--dry-run", action="store_true", help="check everything, print derived values as JSON, stop")
 
 

@@ -91,6 +91,9 @@ def train(run: Session, args: argparse.Namespace) -> None:
         if args.save_interval and step % args.save_interval == 0:
             save(run, state)
             saved = step
+            if args.save_hf and step < args.num_steps and not run.interruption.received():
+                with run.timer("checkpoint"):
+                    save_hf(run.policy.chunks, args.hf_model, args.save_hf)
 
     interrupted = isinstance(stopped, Interrupted)
     if saved < state.step and (args.save_interval or interrupted):

@@ -5,7 +5,8 @@
 `convert_over_copy` is the lower, over import and export, of the seconds of a plain copy of the Hugging Face folder /
 the seconds of the conversion; start-up and imports do not count. `export_peak_gb` is the memory that export needs above
 its imports. Each conversion runs in a process of its own, as tools/convert_checkpoint.py would; each round also copies.
-The peak of import is in the rows. Needs four times the model's size on the disk.
+The peak of import is in the rows. Needs three times the model's size on the disk, and as much memory for the sake of
+equal conditions: all start with files cached, no writes outstanding, and free memory that is the machine's own.
 """
 
 import argparse
@@ -70,6 +71,7 @@ def convert(command: str, source: Path, out: Path) -> dict[str, float]:
     """One conversion in this process: its seconds, and its peak memory above what the imports left."""
     import convert_checkpoint
 
+    settle(source)
     before, start = resident("VmRSS"), time.perf_counter()
     if command == "import":
         convert_checkpoint.import_hf(source, out, None, [])
@@ -86,7 +88,19 @@ def in_a_process(command: str, source: Path, out: Path) -> dict[str, float]:
     return json.loads(result.read_text())
 
 
+def settle(source: Path) -> None:
+    """Finish all writing, and use as much memory as the files of `source` will take, for a moment.
+
+    A virtual machine may give free memory back to its host. Getting it again takes ten times as long as the copy, so
+    that a copy right after files were removed, and a conversion after its start-up, would measure that.
+    """
+    os.sync()
+    size = sum(file.stat().st_size for file in source.rglob("*"))
+    subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
+
+
 def copy(source: Path, out: Path) -> dict[str, float]:
+    settle(source)
     start = time.perf_counter()
     shutil.copytree(source, out)
     return {"seconds": time.perf_counter() - start, "peak_gb": 0.0}
@@ -98,9 +112,10 @@ def measure(root: Path, gigabytes: float) -> tuple[dict[str, float], list[dict[s
     size = write_model(hf, gigabytes)
     runs: dict[str, list[dict[str, float]]] = {"copy": [], "import": [], "export": []}
     for _ in range(ROUNDS):
-        for old in (megatron, exported, copied):
+        for old in (megatron, exported):
             shutil.rmtree(old, ignore_errors=True)
         runs["copy"].append(copy(hf, copied))
+        shutil.rmtree(copied)
         runs["import"].append(in_a_process("import", hf, megatron))
         runs["export"].append(in_a_process("export", megatron, exported))
     check_equal(hf, exported)

@@ -1,11 +1,13 @@
 """Writes Hugging Face folders from a stream of tensors, without holding more than one of them."""
 
+import io
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from megatron_fipo.checkpoint.side_files import copy_side_files
 from megatron_fipo.model.hf_config import read_hf_config
 
 MAX_SHARD_BYTES = 4 * 2**30
+_PIECE_BYTES = 2**18
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 
@@ -80,12 +83,34 @@ def write_hf_folder(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+class PieceWriter(io.FileIO):
+    """A new file, to which large buffers go piece by piece.
+
+    The kernel takes page cache in blocks as large as the write: small ones it has at hand, while huge ones are cleared
+    or, in a virtual machine, fetched from the host first, which takes several times as long as the copying.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            rest = rest[super().write(rest[:_PIECE_BYTES]) :]
+        return size
+
+
 def read_ahead(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same stream; the next tensor is read while the caller works on one. Not for a stream of collectives."""
-    with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(next, tensors, None)
-        while (item := pending.result()) is not None:
-            pending = reader.submit(next, tensors, None)
+    """The same stream; the next two are read while the caller works on one. Not for a stream of collectives.
+
+    Two, since norms lie between the matrices: a norm is written before the matrix behind it can be read. The reader
+    computes on one core: it is not what the stream waits for, and OpenMP's idle threads would take the writer's.
+    """
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
+        pending = deque(reader.submit(next, tensors, None) for _ in range(2))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(reader.submit(next, tensors, None))
             yield item
 
 
@@ -100,12 +125,12 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], layout: Sequence[HFTens
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file_name, shard in zip(names, shards, strict=True):
-        with open(folder / file_name, "wb") as file:
+        with PieceWriter(folder / file_name) as file:
             file.write(_header(shard))
             for expected in shard:
                 name, tensor = next(tensors)
                 assert (name, tuple(tensor.shape)) == (expected.name, expected.shape), f"{name} instead of {expected}"
-                _write(file, tensor.to("cpu", expected.dtype))
+                file.write(tensor.to("cpu", expected.dtype).contiguous().view(torch.uint8).numpy())
     assert next(tensors, None) is None, "the stream goes on after the layout's last tensor"
 
 
@@ -136,7 +161,3 @@ def _header(shard: Sequence[HFTensor]) -> bytes:
 
 def _bytes(tensor: HFTensor) -> int:
     return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-
-
-def _write(file: BinaryIO, tensor: Tensor) -> None:
-    file.write(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -26,6 +26,7 @@ from megatron_fipo.compat.checkpoints import IndexUnpickler
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.hf_config import architecture
 
+_MAPPED_BYTES = 2**27  # of a checkpoint's files before their pages are let go
 TRACKER = "latest_checkpointed_iteration.txt"
 
 _CONFIG = (
@@ -95,12 +96,16 @@ class TorchDistWeights:
         Raises:
             UserError: a file is missing or damaged, or a tensor has NaNs or infinities.
         """
+        mapped_bytes = 0
         for name in self._map.names():
-            rule = self._map.rule(name)
-            for hf_name, part in zip(rule.hf_names, rule.split(self._read(name)), strict=True):
+            rule, full = self._map.rule(name), self._read(name)
+            for hf_name, part in zip(rule.hf_names, rule.split(full), strict=True):
                 yield hf_name, part.contiguous()  # here, so that whoever reads ahead takes this off the writer too
-            for _, mapped in self._files.values():
-                mapped.madvise(mmap.MADV_DONTNEED)  # as far as this process goes; who still reads maps them again
+            mapped_bytes += full.nbytes
+            if mapped_bytes > _MAPPED_BYTES:
+                for _, mapped in self._files.values():
+                    mapped.madvise(mmap.MADV_DONTNEED)  # as far as this process goes; who still reads maps them again
+                mapped_bytes = 0
 
     def _key(self, name: str) -> tuple[str, tuple[int, ...]]:
         return stored_at(name, self._map, self._stacked)

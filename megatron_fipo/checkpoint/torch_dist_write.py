@@ -29,7 +29,7 @@ from torch.utils.serialization import config as serialization
 from megatron_fipo.checkpoint.hf import weight_map_of
 from megatron_fipo.checkpoint.hf_files import HFWeights
 from megatron_fipo.checkpoint.hf_map import WeightMap
-from megatron_fipo.checkpoint.hf_write import read_ahead
+from megatron_fipo.checkpoint.hf_write import PieceWriter, read_ahead
 from megatron_fipo.checkpoint.torch_dist import are_stacked, read_metadata, stored_at
 from megatron_fipo.model.hf_config import read_hf_config
 
@@ -103,7 +103,7 @@ def _write(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, _Entr
     entries = {}
     # torch.load never looks at the checksums inside, and computing them takes as long as writing a quarter of the file.
     no_checksums = serialization.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
-    with open(path, "wb") as file, no_checksums:
+    with PieceWriter(path) as file, no_checksums:
         for name, tensor in tensors:
             start = file.tell()
             torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), file)

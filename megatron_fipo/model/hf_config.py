@@ -1,6 +1,7 @@
 """A Hugging Face model folder as Megatron arguments."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _INDEX = "model.safetensors.index.json"
+_MAX_LAYERS = 10_000  # what is beyond is damage, and would be enumerated for minutes
 # Megatron's --use-rope-scaling knows these values alone; the factor has a flag.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -84,7 +86,7 @@ def megatron_arguments(hf_dir: str | Path) -> dict[str, Any]:
         UserError: the folder is incomplete, or the model uses something that we do not support.
     """
     arguments = architecture(hf_dir)
-    weight_files(hf_dir)
+    _check_layers(Path(hf_dir), arguments["num_layers"])
     if not any((Path(hf_dir) / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"{hf_dir} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)}): download the model's tokenizer files."
@@ -92,10 +94,26 @@ def megatron_arguments(hf_dir: str | Path) -> dict[str, Any]:
     return arguments
 
 
+def _check_layers(folder: Path, num_layers: int) -> None:
+    """Compare config.json and weights before a model is built of what the first says."""
+    names = (name for file in weight_files(folder) for name in safe_open(file, framework="pt").keys())  # noqa: SIM118
+    layers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    if layers and num_layers != max(layers) + 1:
+        raise UserError(
+            f"{folder / 'config.json'} has num_hidden_layers {num_layers}, where the weights have {max(layers) + 1} "
+            f"layers: take config.json and weights from the same model."
+        )
+
+
 def architecture(hf_dir: str | Path) -> dict[str, Any]:
     """The same from config.json alone. Raises UserError, too."""
     config, path = read_hf_config(hf_dir), Path(hf_dir) / "config.json"
     _refuse_unsupported(config, path)
+    layers = config.get("num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= _MAX_LAYERS:
+        raise UserError(
+            f"{path} has num_hidden_layers {layers!r}, no number from 1 to {_MAX_LAYERS:,}: download config.json again."
+        )
     try:
         heads = config["num_attention_heads"]
         groups = config.get("num_key_value_heads") or heads

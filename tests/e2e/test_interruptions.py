@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_training import SMALL, finished, rows, train, without_clock
 
 from megatron_fipo.checkpoint.state import whole_checkpoints
+from megatron_fipo.checkpoint.torch_dist import TRACKER, TorchDistWeights
 
 STEPS = 10
 
@@ -92,6 +93,16 @@ def assert_equal(runs: Path, whole: Path) -> None:
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def assert_hf_folder_is_of_a_checkpoint(runs: Path, base: Path) -> None:
+    """--save-hf has left a model, bit for bit that of one of the checkpoints."""
+    written, equal = load_file(runs / "hf" / "model.safetensors"), []
+    for step in whole_checkpoints(runs / "run" / "checkpoints"):
+        (runs / "run" / "checkpoints" / TRACKER).write_text(str(step))  # the last one named is the newest again
+        weights = dict(TorchDistWeights(runs / "run" / "checkpoints", base).hf_tensors())
+        equal.append(all(torch.equal(weights[name], written[name]) for name in written))
+    assert sum(equal) == 1
+
+
 @pytest.mark.parametrize(
     ("moments", "seed"), [(3, 1), *(pytest.param(10, seed, marks=pytest.mark.long) for seed in (2, 3))]
 )
@@ -129,6 +140,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(whole, trained_ba
         stopped_at.append(summary["steps"])
         assert whole_checkpoints(tmp_path / "run" / "checkpoints")[-1] == summary["steps"]
     assert stopped_at[0] < stopped_at[1] < STEPS
+    assert_hf_folder_is_of_a_checkpoint(tmp_path, trained_base)
     output = finished(train(2, tmp_path, trained_base, *flags(tmp_path, "--async-save")))
     assert "continuing" in output
     assert_equal(tmp_path, whole)

@@ -195,15 +195,15 @@ def test_a_failure_while_writing_leaves_nothing(tool, source, tmp_path, monkeypa
     from megatron_fipo.checkpoint import hf_write
 
     hf = source()
-    before, write, calls = sorted(tmp_path.iterdir()), hf_write._write, []
+    before, write, calls = sorted(tmp_path.iterdir()), hf_write.PieceWriter.write, []
 
-    def full(file, tensor):
+    def full(file, data):
         calls.append(1)
         if len(calls) == 9:
             raise OSError(28, "No space left on device")
-        write(file, tensor)
+        return write(file, data)
 
-    monkeypatch.setattr(hf_write, "_write", full)
+    monkeypatch.setattr(hf_write.PieceWriter, "write", full)
     with pytest.raises(OSError, match="No space left"):
         run(tool, hf, tmp_path / "fp8")
     assert sorted(tmp_path.iterdir()) == before

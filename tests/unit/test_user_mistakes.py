@@ -93,6 +93,7 @@ FILES = [
     ("unknown_task.jsonl", "did you mean 'reasoning_gym/chain_sum'"),
     ("unknown_source.jsonl", "--reward-default-rule"),
     ("chat.jsonl", "--no-apply-chat-template"),
+    ("words.jsonl", "cannot encode the prompt 'How many"),
     ("bad_chat.jsonl", "bad_chat.jsonl, row 1: the chat message"),
     ("half.jsonl.gz", "half.jsonl.gz cannot be read"),
     ("half.parquet", "half.parquet cannot be read"),
@@ -130,6 +131,7 @@ def place(trained_base, tmp_path_factory):
     write("unknown_task.jsonl", ROW | {"source": "reasoning_gym/chain_sums"})
     write("unknown_source.jsonl", ROW | {"source": "deepscaler"})
     write("chat.jsonl", CHAT)
+    write("words.jsonl", ROW | {"prompt": "How many are 1 and 1?"})
     write("bad_chat.jsonl", CHAT | {"prompt": [{"from": "human", "value": "1+1="}]})
     whole = gzip.compress("".join(json.dumps(ROW | {"prompt": f"{i}+1="}) + "\n" for i in range(5000)).encode())
     (place / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])

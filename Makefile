@@ -7,8 +7,8 @@ export PYTHONUNBUFFERED := 1
 # Nothing here asks a hub for models or data.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart env sglang te-cpu bridge modelopt test test-fast test-long test-gpu bench bench-compare bench-gpu \
-  lint format clean
+.PHONY: help quickstart env sglang te-cpu bridge modelopt trackers test test-fast test-long test-gpu \
+  bench bench-compare bench-gpu lint format clean
 
 help:
 	@echo "make quickstart   environment, build, base model, FIPO training on this machine, report"
@@ -17,6 +17,7 @@ help:
 	@echo "make te-cpu       TransformerEngine's layers and FP8 without a GPU, for tests and studies ($(TE_CPU))"
 	@echo "make bridge       Megatron-Bridge, for tools/convert_checkpoint.py --bridge megatron-bridge ($(VENV)-bridge)"
 	@echo "make modelopt     ModelOpt, for tools/quantize_checkpoint.py ($(VENV)-modelopt)"
+	@echo "make trackers     W&B and MLflow, for the tests of what they get ($(VENV)-trackers)"
 	@echo "make test         the whole test suite;  make test-fast: unit tests;  make test-long: soaks and wide sweeps"
 	@echo "make test-gpu     on a machine with a GPU, with the torch that is there; make bench-gpu: how fast"
 	@echo "make bench        every benchmark beside its peers, as tables and JSON under $(BENCH_DIR)"
@@ -68,14 +69,15 @@ $(TE_CPU)/.installed: requirements/te_cpu.txt | $(VENV)/.built
 # More environments over $(VENV), for packages whose pins contradict its own.
 bridge: $(VENV)-bridge/.installed
 modelopt: $(VENV)-modelopt/.installed
+trackers: $(VENV)-trackers/.installed
 
-$(VENV)-bridge/.installed $(VENV)-modelopt/.installed: $(VENV)-%/.installed: requirements/%.txt | $(VENV)/.built
+$(VENV)-bridge/.installed $(VENV)-modelopt/.installed $(VENV)-trackers/.installed: $(VENV)-%/.installed: requirements/%.txt | $(VENV)/.built
 	$(BIN)/python -m venv --clear --without-pip $(@D)
 	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --disable-pip-version-check --no-deps -r $<
 	@$(@D)/bin/python -c '$(LAY_OVER)' $(abspath $(VENV))
 	@touch $@
 
-test: env sglang te-cpu bridge modelopt
+test: env sglang te-cpu bridge modelopt trackers
 	$(BIN)/python -m pytest -m "not long" tests
 
 test-fast: env
@@ -121,4 +123,4 @@ format: env
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(TE_CPU) $(VENV)-bridge $(VENV)-modelopt build *.egg-info megatron_fipo/*.so runs/quickstart .cache
+	rm -rf $(VENV) $(TE_CPU) $(VENV)-bridge $(VENV)-modelopt $(VENV)-trackers build *.egg-info megatron_fipo/*.so runs/quickstart .cache

@@ -58,22 +58,18 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     encode = encoder(tokenizer, args.apply_chat_template)
     terms = parse_terms(args.reward_function)
     function = RolloutFunction.load(args.rollout_function) if args.rollout_function else None
-    template = TEMPLATES.get(args.problem_template, args.problem_template)
+    keys = Keys(args.prompt_key, args.answer_key, TEMPLATES.get(args.problem_template, args.problem_template))
 
     def resolve(source: str, where: str) -> str:
         needed = any(term.name == SOURCE for term in terms)
         return resolve_source(source, where, args.reward_default_rule) if needed else source
 
-    prompts = (
-        read_prompts(args.prompt_data, encode, Keys(args.prompt_key, args.answer_key, template), resolve)
-        if args.prompt_data
-        else []
-    )
+    prompts = read_prompts(args.prompt_data, encode, keys, resolve) if args.prompt_data else []
     kept = drop_long(prompts, args.max_prompt_tokens) if prompts else []
     _check_weights(args, kept)
     eval_sets = []
     for name, path, samples in map(parse_eval_data, args.eval_data):
-        held_out = read_prompts([path], encode, Keys(template=template), resolve)
+        held_out = read_prompts([path], encode, keys, resolve, keys_may_be_absent=True)
         eval_sets.append(EvaluationSet(name, tuple(drop_long(held_out, args.max_prompt_tokens)), samples))
     leaders = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // model_parallel_size(args))  # on this node
     workers = max(1, len(os.sched_getaffinity(0)) // leaders)

@@ -37,6 +37,18 @@ _POSITIVE = (
     "context_parallel_size",
     "expert_model_parallel_size",
 )
+_NOT_NEGATIVE = ("lr", "lr_warmup_iters", "weight_decay", "clip_grad", "reward_overlong_penalty")
+_SHAPES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "num_experts",
+    "moe_ffn_hidden_size",
+)
 
 
 # What a loss reads of --fipo-*; fipo reads them all.
@@ -58,6 +70,11 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     for name in _POSITIVE:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name in _NOT_NEGATIVE:
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be a finite number from 0 up")
+    if args.save_interval is not None and args.save_interval < 1:
+        raise UserError(f"--save-interval {args.save_interval} must be at least 1; leave it out to save nothing")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must not be negative")
     if training:
@@ -71,6 +88,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
         return  # a preset's arithmetic needs no model
     if not args.hf_model:
         raise UserError("--hf-model is missing: give the Hugging Face folder of the model")
+    _check_shapes(args)
     if not training and not args.eval_data:
         raise UserError("--eval-data is missing: give at least one set, for example aime24:aime24.jsonl:32")
     if training and not args.prompt_data and not args.train_from_rollouts:
@@ -81,6 +99,14 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_save_hf(args)
     if args.rollout_engine == "sglang":
         check_rollout_weights(args, training=training)
+
+
+def _check_shapes(args: argparse.Namespace) -> None:
+    for name, value in architecture(args.hf_model).items():
+        if name in _SHAPES and getattr(args, name) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: the model of --hf-model has {value}; leave it out"
+            )
 
 
 def _check_trackers(args: argparse.Namespace) -> None:
@@ -129,10 +155,16 @@ def _check_eval_data(specs: Sequence[str]) -> None:
 def _check_rollout_folders(args: argparse.Namespace) -> None:
     if args.rollout_only and args.train_from_rollouts:
         raise UserError("--rollout-only and --train-from-rollouts exclude each other: run one after the other")
-    if args.train_from_rollouts and not Path(args.train_from_rollouts).is_dir():
+    if args.train_from_rollouts and not any(Path(args.train_from_rollouts).glob("step_*[0-9]")):
         raise UserError(
-            f"--train-from-rollouts {args.train_from_rollouts} is no folder; give what --rollout-only wrote"
+            f"--train-from-rollouts {args.train_from_rollouts} holds no rollouts; give the folder that --rollout-only "
+            "wrote"
         )
+    for flag, folder in (("--runs-dir", args.runs_dir), ("--rollout-only", args.rollout_only)):
+        if folder and Path(folder).exists() and not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder} is no folder; give another name")
+    if args.finetune and not args.load:
+        raise UserError("--finetune starts from the weights of a checkpoint; name it with --load, or leave it out")
     if args.rollout_only and any(Path(args.rollout_only).glob("step_*[0-9]")):
         raise UserError(f"--rollout-only {args.rollout_only} already holds rollouts; give a new folder")
 

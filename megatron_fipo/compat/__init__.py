@@ -9,7 +9,8 @@ import torch
 from megatron_fipo.compat.patching import Patch, apply
 
 # What is absent and what takes its place is `doctor`'s to say, once; Megatron says it in a dozen warnings per process.
-warnings.filterwarnings("ignore", "(?s).*(Transformer Engine|transformer-engine|Apex|experimental)", UserWarning)
+_ABSENT = "(?s).*(Transformer Engine|transformer-engine|Apex|experimental|Could not determine (rank|world size))"
+warnings.filterwarnings("ignore", _ABSENT, UserWarning)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
 
 

@@ -20,14 +20,15 @@ def encoder(tokenizer: PreTrainedTokenizerBase, chat_template: bool | None = Non
     """Encode text or chat messages.
 
     With ``chat_template`` text is a user's message; without it messages are joined by blank lines. None: messages go
-    through the template, text does not. The encoding raises UserError if a template is needed and there is none.
+    through the template, text does not. The encoding raises UserError if a template is needed and there is none, and
+    for text that the tokenizer has no tokens for.
     """
 
     def encode(prompt: str | Messages) -> list[int]:
         is_text = isinstance(prompt, str)
         if chat_template is False or (chat_template is None and is_text):
             text = prompt if isinstance(prompt, str) else "\n\n".join(content for _, content in prompt)
-            return tokenizer.encode(text, add_special_tokens=True)
+            return to_ids(text, special=True)
         if tokenizer.chat_template is None:
             raise UserError(
                 "the tokenizer of --hf-model has no chat template; add chat_template to tokenizer_config.json, or pass "
@@ -39,6 +40,15 @@ def encoder(tokenizer: PreTrainedTokenizerBase, chat_template: bool | None = Non
             add_generation_prompt=True,
             tokenize=False,
         )
-        return tokenizer.encode(text, add_special_tokens=False)  # the template writes what is special
+        return to_ids(text, special=False)  # the template writes what is special
+
+    def to_ids(text: str, *, special: bool) -> list[int]:
+        try:
+            return tokenizer.encode(text, add_special_tokens=special)
+        except Exception as error:  # of Rust, without a class of its own
+            raise UserError(
+                f"the tokenizer of --hf-model cannot encode the prompt {text[:80]!r} ({error}); give data that it was "
+                f"made for, or another model"
+            ) from error
 
     return encode

@@ -8,6 +8,7 @@
 | benchmarks | `problem` or `question` | `answer`; without it the last box of `solution` | the file's name | |
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,7 +130,8 @@ def _answer(where: str, key: str, answer: Any) -> str:
     """Numbers as text (27.0 as 27: AMC23), GSM8K's part behind ####, a solution's last box."""
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    is_number = isinstance(answer, int) or (isinstance(answer, float) and math.isfinite(answer))
+    if is_number and not isinstance(answer, bool):
         return str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise UserError(f"{where}: {key!r} is {answer!r}; make it the answer as text or number")

@@ -38,11 +38,14 @@ def read_prompts(
     encode: Encode,
     keys: Keys = KNOWN_KEYS,
     resolve: Resolve = lambda source, where: source,
+    *,
+    keys_may_be_absent: bool = False,
 ) -> list[Prompt]:
     """Read files, folders or Hub datasets (sources.py) of any known layout (layouts.py).
 
     A row without a source has its file's name for one.
-    Raises UserError naming file and row for anything that is no such row, and for a key that no row has.
+    Raises UserError naming file and row for anything that is no such row, and for a key that no row has, unless
+    ``keys_may_be_absent``.
     """
     prompts: list[Prompt] = []
     encoded: dict[str | Messages, tuple[int, ...]] = {}  # published data repeats prompts a hundred times
@@ -66,7 +69,7 @@ def read_prompts(
             )
     if not prompts:
         raise UserError(f"no prompt in {', '.join(paths)}: give at least one row")
-    for flag, key in unseen.items():
+    for flag, key in () if keys_may_be_absent else unseen.items():
         raise UserError(f"{flag} {key!r} is in no row of {', '.join(paths)}; check its spelling")
     return prompts
 

@@ -6,6 +6,7 @@ expressions are off too: they go through sympy's ``parse_expr``, which is Python
 math-verify is imported on first use, which takes a fifth of a second.
 """
 
+import logging
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -13,6 +14,8 @@ from typing import Any
 
 from megatron_fipo.rewards.dapo import UNIT_WORDS
 from megatron_fipo.rewards.final_answer import final_answer
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its timeouts are off
 
 LONGEST_ANSWER = 1000
 """Characters; a longer answer is not parsed, and wrong. The longest reference answers have a tenth of it."""

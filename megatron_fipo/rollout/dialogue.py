@@ -8,17 +8,18 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.rollout.engine import Completion, SamplingParams
-from megatron_fipo.rollout.seeds import turn_seed
 
 PIECE_TOKENS = 256  # engines know stop tokens only: what may end at a string is generated in pieces, and cut
 
 
 @dataclass(frozen=True)
 class Request:
-    """``tokens``, the prompt's included, to be continued by at most ``limit`` tokens."""
+    """``tokens``, the prompt's included, to be continued by at most ``limit`` tokens from place ``start`` of the
+    response on, whose seed is ``seed``."""
 
     tokens: tuple[int, ...]
     seed: int
+    start: int
     limit: int
 
 
@@ -57,7 +58,6 @@ class Dialogue:
         self._logp: list[float] = []
         self._mask: list[bool] = []
         self.ask: Callable[[Request], Awaitable[Completion]]  # set by who runs it; may give fewer tokens than asked for
-        self._asked = 0  # times that an engine was
         self._told_that_it_is_full = False
         self.generating = False
 
@@ -123,9 +123,8 @@ class Dialogue:
         while finish_reason == "length" and (left := start + limit - len(self._tokens)):
             known = len(self._tokens)
             context = (*self.prompt.tokens, *self._tokens)
-            seed = turn_seed(self._seed, self._asked)
-            self._asked += 1
-            completion = await self.ask(Request(context, seed, min(left, PIECE_TOKENS) if stop else left))
+            limit_of_piece = min(left, PIECE_TOKENS) if stop else left
+            completion = await self.ask(Request(context, self._seed, known, limit_of_piece))
             self._add(completion.tokens, completion.logp, generated=True)
             finish_reason = completion.finish_reason
             if (end := self._end_of(stop, start, known)) is not None:

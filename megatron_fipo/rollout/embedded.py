@@ -51,12 +51,14 @@ class EmbeddedEngine:
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
         given_up: Callable[[], bool] = lambda: False,
+        starts: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Return one completion for each (prompt, seed), in order; see RolloutEngine.
 
         Under context parallelism `on_finished` hears of this rank's share, scaled up.
         """
         context = self._model.context_group
+        starts = starts or [0] * len(prompts)
         # Sorted, a wave holds prompts of similar length, and equal prompts side by side.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         share = _part(order, context.rank(), context.size())
@@ -68,6 +70,7 @@ class EmbeddedEngine:
                 completed = self._generate_wave(
                     [tuple(prompts[i]) for i in wave],
                     [seeds[i] for i in wave],
+                    [starts[i] for i in wave],
                     sampling,
                     lambda n: on_finished(n * context.size()) if on_finished else None,
                     given_up,
@@ -104,6 +107,7 @@ class EmbeddedEngine:
         self,
         prompts: list[tuple[int, ...]],
         seeds: list[int],
+        starts: list[int],
         sampling: SamplingParams,
         on_finished: Callable[[int], None],
         given_up: Callable[[], bool],
@@ -114,8 +118,9 @@ class EmbeddedEngine:
         """
         alive = len(prompts)
         fillers = self._rows_for(alive) - alive  # rows that are finished from the start
-        prompts, seeds = prompts + [prompts[-1] if prompts else (self._pad_id,)] * fillers, seeds + [0] * fillers
-        rows, logits_BV = self._prefill(prompts, seeds, sampling.max_tokens)
+        prompts = prompts + [prompts[-1] if prompts else (self._pad_id,)] * fillers
+        seeds, starts = seeds + [0] * fillers, starts + [0] * fillers
+        rows, logits_BV = self._prefill(prompts, seeds, starts, sampling.max_tokens)
         rows.finished_B[alive:] = True
         device = self._model.device
         stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
@@ -127,7 +132,7 @@ class EmbeddedEngine:
                 return None
             token_B = torch.empty_like(rows.seed_B)
             if logits_BV is not None:  # on the last stage
-                token_B, logp_BN[rows.output_B, n] = sample(logits_BV, rows.seed_B, n, sampling)
+                token_B, logp_BN[rows.output_B, n] = sample(logits_BV, rows.seed_B, rows.start_B + n, sampling)
             token_B = token_BN[rows.output_B, n] = self._model.from_last_stage(token_B)
             if sampling.stop_token_ids:
                 rows.finished_B |= torch.isin(token_B, stop_ids)
@@ -155,7 +160,7 @@ class EmbeddedEngine:
         return max(math.ceil(alive / multiple), 1) * multiple
 
     def _prefill(
-        self, prompts: list[tuple[int, ...]], seeds: list[int], max_tokens: int
+        self, prompts: list[tuple[int, ...]], seeds: list[int], starts: list[int], max_tokens: int
     ) -> tuple["_Rows", Tensor | None]:
         """Run the distinct prompts through the model; return the rows of the wave and their logits [B, V]."""
         device = self._model.device
@@ -184,6 +189,7 @@ class EmbeddedEngine:
             mask=mask,
             prompt_length_B=length_B,
             seed_B=torch.tensor(seeds, dtype=torch.int64, device=device),
+            start_B=torch.tensor(starts, device=device),
             output_B=torch.arange(len(prompts), device=device),
             finished_B=torch.zeros(len(prompts), dtype=torch.bool, device=device),
         )
@@ -206,6 +212,7 @@ class _Rows:
     mask: Tensor | None  # [B, 1, 1, slots], -inf where a short prompt has no token
     prompt_length_B: Tensor
     seed_B: Tensor
+    start_B: Tensor  # the place of the completion in its response
     output_B: Tensor  # the row's place in the wave
     finished_B: Tensor
 
@@ -213,7 +220,8 @@ class _Rows:
         self.cache.select_rows(kept)
         if self.mask is not None:
             self.mask = self.mask[kept]
-        self.prompt_length_B, self.seed_B = self.prompt_length_B[kept], self.seed_B[kept]
+        self.prompt_length_B = self.prompt_length_B[kept]
+        self.seed_B, self.start_B = self.seed_B[kept], self.start_B[kept]
         self.output_B, self.finished_B = self.output_B[kept], self.finished_B[kept]
 
 

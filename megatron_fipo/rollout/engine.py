@@ -58,9 +58,12 @@ class RolloutEngine(Protocol):
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
         given_up: Callable[[], bool] = lambda: False,
+        starts: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Return one completion for each (prompt, seed), in order. Seeds are 63-bit integers.
 
+        ``starts`` are the completions' places in their responses (None: 0): the token there is drawn as it would have
+        been if one call had generated all of the response up to it.
         ``given_up`` is asked every few dozen tokens, by ranks that generate in step at the same points, with the same
         answer. Once it is true nobody wants the completions any more: the engine returns early, with an empty list.
         """

@@ -103,6 +103,7 @@ class FunctionResponder:
                     replace(sampling, max_tokens=limit),
                     None,
                     stop,
+                    [requests[i].start for i in served],
                 )
                 if self._anywhere(stopped):
                     return []

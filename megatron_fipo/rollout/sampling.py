@@ -1,4 +1,4 @@
-"""Counter-based sampling: a token depends on its logits, its completion's seed and its index, on nothing else.
+"""Counter-based sampling: a token depends on its logits, its response's seed and its index, on nothing else.
 
 There is no generator whose state would have to be saved, and rows can be batched in any way.
 """
@@ -36,8 +36,8 @@ def uniform(seed_B: Tensor, index: int | Tensor) -> Tensor:
     return _logical_shift_right(bits, 12).double() * 2.0**-52
 
 
-def sample(logits_BV: Tensor, seed_B: Tensor, index: int, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Draw the token with number `index` (0 is a completion's first) of each row.
+def sample(logits_BV: Tensor, seed_B: Tensor, index: int | Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Draw the token with number `index` (0 is a response's first) of each row.
 
     Args:
         logits_BV: fp32, real vocabulary only.

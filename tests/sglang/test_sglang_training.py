@@ -54,6 +54,27 @@ def test_it_trains_on_servers(layout, sglang_installed, trained_base, tmp_path):
     assert not processes_of(run)
 
 
+def test_an_evaluation_on_servers_is_the_embedded_engines(sglang_installed, trained_base, tmp_path):
+    metrics = {}
+    for engine in ("embedded", "sglang"):
+        command = [sys.executable, "-m", "megatron_fipo.evaluate", "--preset", "quickstart", "--hf-model", trained_base]
+        command += ["--rollout-max-tokens", 12, "--eval-data", f"h:{trained_base / 'heldout.jsonl'}:8"]
+        command += ["--rollout-engine", engine, *(("--sglang-servers", 1) if engine == "sglang" else ())]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.run(
+            [*map(str, command), "--out", engine],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr[-4000:]
+        metrics[engine] = json.loads((tmp_path / engine / "metrics.json").read_text())["sets"]["h"]
+    assert metrics["embedded"]["greedy_accuracy"] == metrics["sglang"]["greedy_accuracy"]
+    assert metrics["sglang"]["errors"] == 0 and metrics["sglang"]["responses"] == 512
+    # Servers draw from random numbers of their own: two samples of one distribution.
+    for key, tolerance in (("accuracy", 0.1), ("length_mean", 0.5)):
+        assert metrics["sglang"][key] == pytest.approx(metrics["embedded"][key], abs=tolerance)
+    assert not processes_of(tmp_path / "sglang")
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("layout", LAYOUTS)

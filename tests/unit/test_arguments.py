@@ -122,6 +122,15 @@ def test_a_model_and_its_data_are_checked(capsys, trained_base):
     assert dry_run(capsys, *flags)["prompts"] == 400
 
 
+def test_keys_hold_for_evaluation_sets_that_have_them(capsys, trained_base, tmp_path):
+    capital = tmp_path / "gsm8k.jsonl"
+    capital.write_text(json.dumps({"Problem": "1+1=", "Answer": 2}) + "\n")
+    flags = ("--hf-model", trained_base, "--preset", "quickstart", "--prompt-data", capital)
+    flags += ("--prompt-key", "Problem", "--answer-key", "Answer")
+    sets = (f"a:{capital}:1", f"b:{trained_base / 'heldout.jsonl'}:1")
+    assert dry_run(capsys, *flags, "--eval-data", *sets)["eval_prompts"] == 65
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

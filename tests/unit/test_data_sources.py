@@ -181,6 +181,7 @@ def test_a_template_goes_around_bare_problems_only():
         ({"prompt": ["hello"], "answer": "2"}, "the chat message 'hello'"),
         ({"prompt": "q", "answer": ""}, "'answer' is ''"),
         ({"prompt": "q", "answer": True}, "'answer' is True"),
+        ({"prompt": "q", "answer": float("nan")}, "'answer' is nan"),
         ({"prompt": "q", "answer": ["2"]}, "'answer' is \\['2'\\]"),
         ({"prompt": "q", "answer": "reason ####"}, "holds no answer"),
         ({"prompt": "q", "solution": "two"}, "a solution needs"),

@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import re
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -75,11 +78,14 @@ def test_wandb_offline(folder, monkeypatch):
     train(folder, SETTINGS, range(3, 6), notes, continues=True)
     assert notes == []
     runs = sorted((folder.path / "wandb").glob("offline-run-*"))
-    assert len(runs) == 2 and all(run.name.endswith(identity) for run in runs)
-    for run in runs:
+    assert len(runs) == 2 and all(identity in run.name for run in runs)
+    for run, last in zip(runs, (3, 5), strict=True):
         (file,) = run.glob("*.wandb")
-        content = file.read_bytes()
-        assert content.count(b"reward/mean") >= 3 and b"fipo-32b" in content and b"a run" in content
+        assert b"fipo-32b" in file.read_bytes()  # the arguments
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", str(run)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert re.search(rf"^run +a run \({identity}\)$", told, flags=re.M) and "finished" in told
+        assert re.search(rf"^  reward/mean +{last / 8}$", told, flags=re.M)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=mark) for kind, mark in needs.items()])

@@ -105,9 +105,9 @@ def test_log_probs_of_what_the_model_wrote_are_the_trainers(setup):
 
 def test_pieces_do_not_show(setup, monkeypatch):
     """A turn that may end at a string is asked for in pieces; their borders change nothing."""
-    whole = setup.respond(calculator.worked_sums, temperature=0.0)
+    whole = setup.respond(calculator.worked_sums)
     monkeypatch.setattr(dialogue_module, "PIECE_TOKENS", 3)
-    assert [c.tokens for c in setup.respond(calculator.worked_sums, temperature=0.0)] == [c.tokens for c in whole]
+    assert [c.tokens for c in setup.respond(calculator.worked_sums)] == [c.tokens for c in whole]
 
 
 def test_a_turn_ends_with_the_token_that_completes_a_string(setup, monkeypatch):
@@ -157,33 +157,37 @@ class Watched:
     def __init__(self, engine):
         self._engine, self.in_step, self.asked = engine, engine.in_step, []
 
-    def generate(self, prompts, seeds, sampling, *more):
-        self.asked.append(([len(p) for p in prompts], list(seeds), sampling.max_tokens))
-        return self._engine.generate(prompts, seeds, sampling, *more)
+    def generate(self, prompts, seeds, sampling, on_finished, given_up, starts):
+        places = list(zip(seeds, starts, strict=True))
+        self.asked.append(([len(p) for p in prompts], places, sampling.max_tokens))
+        return self._engine.generate(prompts, seeds, sampling, on_finished, given_up, starts)
+
+
+async def uneven(dialogue):
+    """Conversations that want very different numbers of tokens."""
+    dialogue.insert("1" * (dialogue.prompt.id % 4 * 12))
+    await dialogue.generate(max_tokens=1 + dialogue.prompt.id % 3 * 7)
+    await dialogue.generate(stop=["never"])
 
 
 def test_no_request_goes_beyond_its_context_and_each_is_batched_with_many(setup):
-    """Conversations that want very different numbers of tokens."""
-
-    async def uneven(dialogue):
-        dialogue.insert("1" * (dialogue.prompt.id % 4 * 12))
-        await dialogue.generate(max_tokens=1 + dialogue.prompt.id % 3 * 7)
-        await dialogue.generate(stop=["never"])
-
     engine = Watched(setup.engine)
     completions = setup.respond(uneven, 40, engine=engine)
     longest = max(len(p.tokens) for p in setup.prompts[:40])
     assert all(max(lengths, default=0) + limit <= longest + LIMIT for lengths, _, limit in engine.asked)
     assert sum(len(lengths) for lengths, _, _ in engine.asked) > 80 and len(engine.asked) < 25
-    seeds = [seed for _, asked, _ in engine.asked for seed in asked]
-    assert len(set(seeds)) == len(seeds), "two requests share a stream of random numbers"
+    places = [place for _, asked, _ in engine.asked for place in asked]
+    assert len(set(places)) == len(places), "two requests draw the same random numbers"
     assert len(completions) == 40
 
 
-def test_a_response_does_not_depend_on_what_shares_its_batch(setup):
-    many = setup.respond(calculator.worked_sums, 20)
-    few = setup.respond(calculator.worked_sums, 5)
-    assert [c.tokens for c in few] == [c.tokens for c in many[:5]]
+@pytest.mark.parametrize("function", [calculator.worked_sums, uneven])
+def test_a_response_does_not_depend_on_what_shares_its_batch(setup, function):
+    """Those that do not want equally many tokens get them in pieces, which must not show."""
+    many = setup.respond(function, 40)
+    for count in (1, 2, 5):
+        few = setup.respond(function, count)
+        assert [c.tokens for c in few] == [c.tokens for c in many[:count]]
 
 
 @pytest.fixture(scope="module")

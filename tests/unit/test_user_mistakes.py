@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -71,7 +74,18 @@ FLAGS = [
     ("--load . --finetune", "no Megatron checkpoint"),
     ("--save-hf model", "is the model that training starts from"),
     ("--run-name a/b", "--run-name"),
-    ("--train-from-rollouts nowhere", "is no folder"),
+    ("--train-from-rollouts nowhere", "holds no rollouts"),
+    ("--train-from-rollouts folder", "holds no rollouts"),
+    ("--rollout-only good.jsonl", "--rollout-only good.jsonl is no folder"),
+    ("--runs-dir good.jsonl", "--runs-dir good.jsonl is no folder"),
+    ("--finetune", "name it with --load"),
+    ("--num-layers 99", "the model of --hf-model has 1"),
+    ("--lr=-1e-6", "--lr -1e-06 must be a finite number from 0 up"),
+    ("--lr-warmup-iters -1", "--lr-warmup-iters -1 must be"),
+    ("--weight-decay -0.1", "--weight-decay -0.1 must be"),
+    ("--clip-grad -1", "--clip-grad -1.0 must be"),
+    ("--save-interval 0", "--save-interval 0 must be at least 1"),
+    ("--reward-overlong-penalty -1", "--reward-overlong-penalty -1.0 must be"),
     ("--rollout-engine vllm", "invalid choice: 'vllm'"),
     ("--rollout-function my_tools", "'my_tools' is not package.module:name"),
     ("--rollout-function my_tools:search", "importing my_tools fails (ModuleNotFoundError"),
@@ -93,6 +107,7 @@ FILES = [
     ("unknown_task.jsonl", "did you mean 'reasoning_gym/chain_sum'"),
     ("unknown_source.jsonl", "--reward-default-rule"),
     ("chat.jsonl", "--no-apply-chat-template"),
+    ("words.jsonl", "cannot encode the prompt 'How many"),
     ("bad_chat.jsonl", "bad_chat.jsonl, row 1: the chat message"),
     ("half.jsonl.gz", "half.jsonl.gz cannot be read"),
     ("half.parquet", "half.parquet cannot be read"),
@@ -120,6 +135,7 @@ def place(trained_base, tmp_path_factory):
         (place / name).write_text("".join(line + "\n" for line in lines))
 
     write("good.jsonl", ROW, ROW | {"prompt": "2+2=", "answer": "4"})
+    write("mathematics.jsonl", ROW | {"source": "gsm8k"})
     write("table.csv", "prompt,answer", "1+1=,2")
     write("list.json", json.dumps([ROW]))
     write("broken.jsonl", ROW, '{"prompt": "1+1=", "answer')
@@ -130,6 +146,7 @@ def place(trained_base, tmp_path_factory):
     write("unknown_task.jsonl", ROW | {"source": "reasoning_gym/chain_sums"})
     write("unknown_source.jsonl", ROW | {"source": "deepscaler"})
     write("chat.jsonl", CHAT)
+    write("words.jsonl", ROW | {"prompt": "How many are 1 and 1?"})
     write("bad_chat.jsonl", CHAT | {"prompt": [{"from": "human", "value": "1+1="}]})
     whole = gzip.compress("".join(json.dumps(ROW | {"prompt": f"{i}+1="}) + "\n" for i in range(5000)).encode())
     (place / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -169,6 +186,33 @@ def test_there_are_more_than_sixty_and_the_right_command_is_none_of_them(capsys,
     monkeypatch.chdir(place)
     assert main(["--preset", "quickstart", "--hf-model", "model", "--prompt-data", "good.jsonl", "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == 2
+
+
+def test_a_process_says_nothing_else(place):
+    """No library's warning stands beside the one line, nor beside the JSON of a right command."""
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_fipo.train",
+        "--preset",
+        "quickstart",
+        "--hf-model",
+        "model",
+        "--dry-run",
+    ]
+    wrong, right = (
+        subprocess.Popen(
+            [*command, "--prompt-data", file],
+            cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for file in ("empty.jsonl", "mathematics.jsonl")
+    )  # fmt: skip
+    out, err = wrong.communicate(timeout=120)
+    assert (wrong.returncode, out) == (2, "")
+    assert err.startswith("megatron_fipo: no prompt in empty.jsonl") and err.count("\n") == 1
+    out, err = right.communicate(timeout=120)
+    assert (right.returncode, err) == (0, "") and json.loads(out)["prompts"] == 1
 
 
 @pytest.mark.parametrize(("flags", "words"), FLAGS)

@@ -69,8 +69,11 @@ class SGLangEngine:
         sampling: SamplingParams,
         on_finished: ProgressCallback | None = None,
         given_up: Callable[[], bool] = lambda: False,
+        starts: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Return one completion for each (prompt, seed), in order; see RolloutEngine. The leader decides on giving up.
+
+        Nothing is told of ``starts``: a server that heeds seeds draws by a token's position, its prompt included.
 
         Raises RolloutFailed, UserError.
         """

@@ -10,7 +10,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_fipo.checkpoint.hf_files import HFTensor, HFWeights
-from megatron_fipo.checkpoint.hf_map import WeightMap, expert_of, for_expert, global_name
+from megatron_fipo.checkpoint.hf_map import Rule, WeightMap, expert_of, for_expert, global_name
 from megatron_fipo.model.hf_config import read_hf_config
 
 
@@ -18,8 +18,9 @@ from megatron_fipo.model.hf_config import read_hf_config
 def load_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_dir: str | Path) -> None:
     """Copy the folder's weights into the model, cast to its parameters' dtype.
 
-    Each rank reads the tensors of its own pipeline stages and experts, without a collective. Call it before the
-    optimizer is built, or let the optimizer reload its main parameters afterwards.
+    Each rank reads its own shards of its own pipeline stages and experts, without a collective. It checks all names and
+    shapes, but values only of what it reads. Call it before the optimizer is built, or let the optimizer reload its
+    main parameters afterwards.
 
     Args:
         model_chunks: this rank's chunks, wrapped or not.
@@ -34,8 +35,21 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_dir: str | Path)
     for name, parameter in global_parameters(model_chunks).items():
         rule = weight_map.rule(name)
         group = _shard_group(name)
-        full = rule.merge([weights[hf_name] for hf_name in rule.hf_names])
-        parameter.copy_(rule.shard(full, group.size(), group.rank()))
+        parameter.copy_(read_shard(weights, rule, group.size(), group.rank()))
+
+
+def read_shard(weights: HFWeights, rule: Rule, size: int, rank: int) -> Tensor:
+    """What tensor-parallel rank `rank` of `size` holds of a parameter, read without the other ranks' rows or columns.
+
+    With fewer query groups than ranks, the ranks of a group all read the group.
+
+    Raises:
+        UserError: NaNs or infinities, naming the tensor.
+    """
+    pieces = rule.pieces(size)
+    number, within = divmod(rank, size // pieces)
+    read = [weights.read(name, rule.piece(weights.shape(name), pieces, number)) for name in rule.hf_names]
+    return rule.shard(rule.merge(read, pieces), size // pieces, within)
 
 
 @torch.no_grad()

@@ -54,8 +54,12 @@ class HFWeights:
 
     def __getitem__(self, name: str) -> Tensor:
         """Raises UserError: the tensor has NaNs or infinities."""
-        path, handle = self._files[name]
-        tensor = handle.get_tensor(name)
+        return self.read(name, ())
+
+    def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
+        """That part of the tensor; the rest is neither read nor checked. Raises UserError: NaNs or infinities in it."""
+        path, _ = self._files[name]
+        tensor = self._slice(name)[where].contiguous()  # a view of the file, of columns slow to go through twice
         if not is_finite(tensor):
             raise UserError(f"{path} has NaN or infinite values in {name}: download the model again.")
         return tensor

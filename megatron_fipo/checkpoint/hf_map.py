@@ -5,6 +5,7 @@ again, and along which axis Megatron shards it. Names are global: layers count f
 from 0 over all expert-parallel ranks, and both layer specs' names become one (:func:`global_name`).
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,18 +81,42 @@ class Rule:
 
     Attributes:
         hf_names: the HF tensors that it holds, in order.
-        merge: HF tensors -> Megatron's full tensor.
-        split: the inverse.
+        join: HF tensors -> Megatron's full tensor without its padding.
+        split: full tensor -> HF tensors.
         tp_axis: the axis that tensor parallelism (of an expert: expert tensor parallelism) cuts; None: every rank
             holds all.
         tp_parts: equal blocks along `tp_axis` that are cut one by one (2 for gate and up).
+        rows: Megatron pads axis 0 with zeros up to this; None: it does not.
+        units: `join` keeps this many equal pieces of the HF tensors apart (the groups of q, k and v); None: any number.
     """
 
     hf_names: tuple[str, ...]
-    merge: Callable[[Sequence[Tensor]], Tensor]
+    join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], Sequence[Tensor]]
     tp_axis: int | None = None
     tp_parts: int = 1
+    rows: int | None = None
+    units: int | None = None
+
+    def merge(self, tensors: Sequence[Tensor], pieces: int = 1) -> Tensor:
+        """Megatron's full tensor of the HF tensors; of a :meth:`piece` of each, one of that many shards."""
+        joined = self.join(tensors)
+        if self.rows is None:
+            return joined
+        return torch.nn.functional.pad(joined, (0, 0, 0, self.rows // pieces - joined.size(0)))
+
+    def pieces(self, size: int) -> int:
+        """Into how many pieces HF tensors can be cut for `size` tensor-parallel ranks: a divisor of `size`."""
+        if self.tp_axis is None:
+            return 1
+        return size if self.units is None else math.gcd(size, self.units)
+
+    def piece(self, hf_shape: Sequence[int], pieces: int, number: int) -> tuple[slice, ...]:
+        """Where piece `number` of an HF tensor lies. Of a padded one, the last pieces can be short or empty."""
+        if self.tp_axis is None:
+            return ()
+        length = (self.rows or hf_shape[self.tp_axis]) // pieces
+        return (*[slice(None)] * self.tp_axis, slice(number * length, (number + 1) * length))
 
     def shard(self, full: Tensor, size: int, rank: int) -> Tensor:
         """What tensor-parallel rank `rank` of `size` holds of the full tensor."""
@@ -154,9 +179,9 @@ class WeightMap:
             KeyError: no such parameter is known.
         """
         if name == EMBEDDING or (name == OUTPUT and self.tied):
-            return Rule(("model.embed_tokens.weight",), self._pad_vocab, self._cut_vocab, tp_axis=0)
+            return self._vocab_rule("model.embed_tokens.weight")
         if name == OUTPUT:
-            return Rule(("lm_head.weight",), self._pad_vocab, self._cut_vocab, tp_axis=0)
+            return self._vocab_rule("lm_head.weight")
         if name == FINAL_NORM:
             return Rule(("model.norm.weight",), _only, _alone)
         match = _LAYER_NAME.fullmatch(name)
@@ -169,8 +194,12 @@ class WeightMap:
             return self._mlp_rule(f"{prefix}mlp.", below.removeprefix("mlp."))
         hf_names = tuple(prefix + hf for hf in (_ATTENTION | _ROUTER)[below])
         if below.startswith("self_attention.linear_qkv."):
-            return Rule(hf_names, self._merge_qkv, self._split_qkv, tp_axis=0)
+            groups = self.config.num_query_groups
+            return Rule(hf_names, self._join_qkv, self._split_qkv, tp_axis=0, units=groups)
         return Rule(hf_names, _only, _alone, tp_axis=1 if below == "self_attention.linear_proj.weight" else None)
+
+    def _vocab_rule(self, hf_name: str) -> Rule:
+        return Rule((hf_name,), _only, lambda full: (full[: self.vocab_size],), tp_axis=0, rows=self.padded_vocab_size)
 
     def _mlp_rule(self, prefix: str, below: str) -> Rule:
         hf_names = tuple(prefix + hf for hf in _MLP[below])
@@ -208,17 +237,11 @@ class WeightMap:
             return (width, c.hidden_size)
         return (c.hidden_size,)
 
-    def _pad_vocab(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.nn.functional.pad(tensors[0], (0, 0, 0, self.padded_vocab_size - self.vocab_size))
-
-    def _cut_vocab(self, full: Tensor) -> Sequence[Tensor]:
-        return (full[: self.vocab_size],)
-
-    def _merge_qkv(self, tensors: Sequence[Tensor]) -> Tensor:
+    def _join_qkv(self, tensors: Sequence[Tensor]) -> Tensor:
         """HF: all query heads, all key heads, all values. Megatron: for each group its queries, its key, its value."""
-        groups, dim = self.config.num_query_groups, self.config.kv_channels
-        assert groups is not None and dim is not None
-        rest = tensors[0].shape[1:]
+        dim = self.config.kv_channels
+        assert dim is not None
+        groups, rest = tensors[1].size(0) // dim, tensors[0].shape[1:]
         return torch.cat([t.reshape(groups, -1, dim, *rest) for t in tensors], 1).reshape(-1, *rest)
 
     def _split_qkv(self, full: Tensor) -> Sequence[Tensor]:

@@ -13,12 +13,12 @@ from megatron_fipo.data.sources import decode, find_files, read_rows, source_nam
 from megatron_fipo.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A tokenised question with what its verifier needs.
 
-    ``id`` is the row's number over all files, ``source`` selects the verifier, ``metadata`` goes to it untouched,
-    ``part`` is the number of the path that it was read from.
+    ``id`` is the row's number over all files (of equal rows the first's), ``source`` selects the verifier, ``metadata``
+    goes to it untouched, ``part`` is the number of the path that it was read from.
     """
 
     id: int
@@ -43,30 +43,29 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read files, folders or Hub datasets (sources.py) of any known layout (layouts.py).
 
-    A row without a source has its file's name for one.
+    A row without a source has its file's name for one. Rows of a path that are equal in all that a prompt holds stand
+    there as often as in the file, but are one object.
     Raises UserError naming file and row for anything that is no such row, and for a key that no row has, unless
     ``keys_may_be_absent``.
     """
     prompts: list[Prompt] = []
-    encoded: dict[str | Messages, tuple[int, ...]] = {}  # published data repeats prompts a hundred times
+    distinct: dict[tuple[Any, ...], Prompt] = {}  # published data repeats rows a hundred times
+    encoded: dict[str | Messages, tuple[int, ...]] = {}
     unseen = {flag: key for flag, key in (("--prompt-key", keys.prompt), ("--answer-key", keys.answer)) if key}
     for part, spec in enumerate(paths):
+        default_source = source_name(spec)
         for where, raw in (row for path in find_files(spec) for row in read_rows(path)):
             row = decode(where, raw)
-            question = parse_row(where, row, keys, default_source=source_name(spec))
+            question = parse_row(where, row, keys, default_source)
             unseen = {flag: key for flag, key in unseen.items() if not has_key(row, key)}
-            if question.prompt not in encoded:
-                encoded[question.prompt] = tuple(encode(question.prompt))
-            prompts.append(
-                Prompt(
-                    id=len(prompts),
-                    tokens=encoded[question.prompt],
-                    answer=question.answer,
-                    source=resolve(question.source, where),
-                    metadata=question.metadata,
-                    part=part,
-                )
-            )
+            source = resolve(question.source, where)
+            content = (question.prompt, question.answer, source, repr(question.metadata), part)
+            if content not in distinct:
+                if question.prompt not in encoded:
+                    encoded[question.prompt] = tuple(encode(question.prompt))
+                tokens = encoded[question.prompt]
+                distinct[content] = Prompt(len(prompts), tokens, question.answer, source, question.metadata, part)
+            prompts.append(distinct[content])
     if not prompts:
         raise UserError(f"no prompt in {', '.join(paths)}: give at least one row")
     for flag, key in () if keys_may_be_absent else unseen.items():
@@ -111,8 +110,9 @@ class PromptStream:
     def fingerprint(self) -> str:
         """Equal for streams that hand out the same prompts at the same cursor."""
         digest = hashlib.sha256(str(self.seed).encode())
+        content = lru_cache(maxsize=1 << 15)(lambda *fields: repr(fields).encode())  # repr takes long, rows repeat
         for prompt in self.prompts:
-            digest.update(repr((prompt.tokens, prompt.answer, prompt.source)).encode())
+            digest.update(content(prompt.tokens, prompt.answer, prompt.source))
         if self._weights:
             digest.update(repr((self._weights, [len(part) for part in self._parts])).encode())
         return digest.hexdigest()[:16]

@@ -93,6 +93,31 @@ def test_duplicates_are_counted(tmp_path):
     assert count_duplicates(prompts) == 2
 
 
+def test_equal_rows_are_held_once_and_handed_out_as_often_as_they_stand_there(tmp_path):
+    rows = [GOOD | {"prompt": f"{i}="} for i in range(3)] * 4
+    path = write(tmp_path / "d.jsonl", *rows)
+    prompts = read_prompts([path], encode)
+    assert [p.id for p in prompts] == [0, 1, 2] * 4 and len(set(map(id, prompts))) == 3
+    apart = [Prompt(i, p.tokens, p.answer, p.source, p.metadata, p.part) for i, p in enumerate(prompts)]
+    streams = [PromptStream(p, seed=5) for p in (prompts, apart)]
+    assert streams[0].fingerprint == streams[1].fingerprint
+    one, other = ([(visit, p.tokens) for visit, p in stream.take(30)] for stream in streams)
+    assert one == other and sorted(one)[-1][0] == 29
+
+
+def test_rows_that_differ_in_anything_are_apart(tmp_path):
+    changes = [{}, {"answer": "3"}, {"source": "gsm8k"}, {"metadata": {"n": 1}}, {"metadata": {"n": True}}]
+    path = write(tmp_path / "d.jsonl", *[GOOD | change for change in changes])
+    prompts = read_prompts([path, path], encode)
+    assert [p.id for p in prompts] == list(range(10)) and [p.part for p in prompts] == [0] * 5 + [1] * 5
+    assert prompts[4].metadata["n"] is True and count_duplicates(prompts) == 9
+
+
+def test_fingerprints_are_those_of_older_checkpoints():
+    assert PromptStream(PARTS, seed=3).fingerprint == "ad81c87e5c676ff5"
+    assert PromptStream(PARTS, seed=3, weights=[1.0, 1.0, 2.0]).fingerprint == "534d2aa979e2206c"
+
+
 def test_the_source_is_resolved_and_a_row_without_one_has_its_files_name(tmp_path):
     path = write(tmp_path / "aime24.jsonl", {"problem": "p", "answer": "1"}, GOOD)
     seen = []

@@ -1,6 +1,7 @@
 """HF -> Megatron -> HF is bit-equal, the model computes what transformers computes, and errors name the tensor."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -131,6 +132,40 @@ def test_tensor_parallel_shards_join_to_the_whole(build_model, hf_model, size):
     assert cut == 1 + 3 * 5  # embedding; qkv weight and bias, proj, fc1, fc2 of three layers
     fc1 = weight_map.rule("decoder.layers.0.mlp.linear_fc1.weight").shard(torch.arange(8.0), 2, 1)
     assert fc1.tolist() == [2, 3, 6, 7]  # rank 1 holds the second half of gate and of up
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("family", "dtype"), [("qwen2", torch.bfloat16), ("qwen3_moe", torch.float32)])
+def test_ranks_read_their_shards_alone(hf_model, build_model, tmp_path, family, dtype, size):
+    """Bit for bit what is cut from the whole, with 2 query groups and 4 ranks too; and nobody else's values."""
+    from megatron_fipo.checkpoint.hf import read_shard, weight_map_of
+    from megatron_fipo.checkpoint.hf_files import HFWeights
+    from megatron_fipo.checkpoint.hf_map import WeightMap
+
+    source, _ = hf_model(family, tied=False, dtype=dtype)
+    folder = copy_folder(source, tmp_path / "spoiled")
+    tensors = load_file(folder / "model.safetensors")
+    spoiled = {name: tensor.clone() for name, tensor in tensors.items()}
+    for tensor in spoiled.values():
+        tensor.view(-1)[-1] = torch.nan
+    save_file(spoiled, folder / "model.safetensors")
+    whole, bad = HFWeights(source), HFWeights(folder)
+    padded = {2: 188, 4: 128}[size]  # so many that the last rank has nothing of the vocabulary
+    weight_map = WeightMap(weight_map_of(build_model(source), 93).config, 93, padded, tied=False)
+    for name in weight_map.names():
+        rule = weight_map.rule(name)
+        full, full_bad = (rule.merge([of[hf_name] for hf_name in rule.hf_names]) for of in (tensors, spoiled))
+        pieces = rule.pieces(size)
+        assert pieces == (1 if rule.tp_axis is None else 2 if "linear_qkv" in name else size)
+        for rank in range(size):
+            expected = rule.shard(full, size, rank)
+            assert torch.equal(read_shard(whole, rule, size, rank), expected), (name, rank)
+            if rule.shard(full_bad, pieces, rank * pieces // size).isnan().any():
+                with pytest.raises(UserError, match="|".join(map(re.escape, rule.hf_names))):
+                    read_shard(bad, rule, size, rank)
+            else:
+                assert rule.tp_axis is not None
+                assert torch.equal(read_shard(bad, rule, size, rank), expected), (name, rank)
 
 
 def test_config_index_and_tokenizer_faults_are_named(hf_model, tmp_path):

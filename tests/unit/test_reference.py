@@ -7,7 +7,7 @@ from test_model_logprob import pack, random_sequences
 from megatron_fipo.checkpoint.hf import load_hf_weights
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.logprob import packed_log_probs
-from megatron_fipo.model.reference import ReferenceWeights
+from megatron_fipo.model.reference import ReferenceWeights, host_memory
 
 
 def log_probs(model) -> torch.Tensor:
@@ -35,6 +35,19 @@ def test_weights_take_their_place_and_leave_it(build_model, hf_model, family, ti
             assert torch.equal(log_probs(model[0]), log_probs(expected[0]))
         for parameter, own, place in zip(model[0].parameters(), bits, places, strict=True):
             assert torch.equal(parameter.detach().view(torch.int8), own) and parameter.data_ptr() == place
+
+
+def test_the_copies_cost_no_more_than_the_parameters():
+    shapes = [((3, 5), torch.bfloat16), ((7,), torch.float32), ((1000, 33), torch.bfloat16), ((0,), torch.float32)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, dtype in shapes]
+    copies = host_memory(parameters)
+    assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
+    assert copies[0].untyped_storage().nbytes() < sum(p.nbytes for p in parameters) + 64 * len(parameters)
+    with torch.no_grad():
+        for copy, parameter in zip(copies, parameters, strict=True):
+            copy.copy_(parameter)
+    assert all(map(torch.equal, copies, parameters)), "they overlap"
+    assert all(copy.dtype == p.dtype and copy.data_ptr() % 64 == 0 for copy, p in zip(copies, parameters, strict=True))
 
 
 def test_a_failed_pass_leaves_the_policy_its_weights(build_model, hf_model):

@@ -1,0 +1,28 @@
+"""The reference model's weights beside a policy on a GPU. Needs megatron-core and transformers besides."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU here", allow_module_level=True)
+for package in ("megatron.core", "transformers"):
+    pytest.importorskip(package)
+
+
+def test_pinned_memory_is_as_large_as_the_weights_and_is_given_back(build_model, hf_model):
+    from megatron_fipo.model.reference import ReferenceWeights
+
+    folder, other = (hf_model("qwen3", tied=True, seed=seed)[0] for seed in (0, 1))
+    model, own, expected = (build_model(f) for f in (folder, folder, other))
+    model[0].cuda()
+    taken = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    for _ in range(2):  # a place that stayed registered would be refused
+        reference = ReferenceWeights(model, str(other))
+        assert all(copy.is_pinned() for copy in reference._host)
+        with reference.in_place():
+            for parameter, wanted in zip(model[0].parameters(), expected[0].parameters(), strict=True):
+                assert parameter.is_cuda and torch.equal(parameter.cpu(), wanted)
+        for parameter, wanted in zip(model[0].parameters(), own[0].parameters(), strict=True):
+            assert torch.equal(parameter.cpu(), wanted)
+        del reference
+    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) == taken

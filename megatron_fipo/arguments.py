@@ -199,7 +199,7 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--rollout-max-running",
         type=int,
-        help=f"completions generated at once per replica; default: {MAX_RUNNING}, embedded on a GPU as many of these as fit",
+        help=f"completions generated at once per replica; default: {MAX_RUNNING}, or what fits on a GPU (embedded)",
     )
     group.add_argument(
         "--rollout-max-batches", type=int, help="generation batches per step before giving up on contrast"

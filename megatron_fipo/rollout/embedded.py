@@ -110,8 +110,8 @@ class EmbeddedEngine:
             )
         if self._max_batch and self._rows_for(self._max_batch) > rows:
             raise UserError(
-                f"--rollout-max-running {self._max_batch}: so many rows of {tokens} tokens do not fit on a GPU beside the "
-                f"model; use at most {max(comfortable, 1)}, or leave it out"
+                f"--rollout-max-running {self._max_batch}: so many rows of {tokens} tokens do not fit on a GPU beside "
+                f"the model; use at most {max(comfortable, 1)}, or leave it out"
             )
 
     def _rows_at_once(self, prompt: int, tokens: int) -> int:

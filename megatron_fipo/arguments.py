@@ -35,6 +35,7 @@ from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.presets import DEFAULT_PRESET, LOSS_DEFAULTS, PRESETS
 from megatron_fipo.refused_flags import check_command_line
 from megatron_fipo.rewards.flags import add_reward_flags
+from megatron_fipo.rollout.engine import MAX_RUNNING
 from megatron_fipo.rollout.sglang.flags import split_flags
 from megatron_fipo.validation import check, expert_parallel_size, model_parallel_size
 
@@ -196,7 +197,11 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         metavar="MODULE:NAME",
         help="your own loop of generation and tools, in training and evaluation (docs/rollout_functions.md)",
     )
-    group.add_argument("--rollout-max-running", type=int, default=256, help="completions generated at once per replica")
+    group.add_argument(
+        "--rollout-max-running",
+        type=int,
+        help=f"completions generated at once per replica; default: {MAX_RUNNING}, or what fits on a GPU (embedded)",
+    )
     group.add_argument(
         "--rollout-max-batches", type=int, help="generation batches per step before giving up on contrast"
     )

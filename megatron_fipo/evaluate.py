@@ -27,7 +27,7 @@ from megatron_fipo.observe.console import Console
 from megatron_fipo.observe.run_folder import RunFolder
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.rollout.engine import SamplingParams
-from megatron_fipo.session import as_one_rank, load_model, megatron_log, open_engine, open_responder
+from megatron_fipo.session import as_one_rank, load_model, megatron_log, open_engine, open_responder, report
 
 
 def evaluate(args: argparse.Namespace, inputs: Inputs, out: Path) -> dict[str, Any] | None:
@@ -118,8 +118,7 @@ def main(argv: Sequence[str]) -> int:
         result = evaluate(args, inputs, ours.out)
         dist.destroy_process_group()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a node finds the same mistake
-            print(f"megatron_fipo: {error}", file=sys.stderr)
+        report(error)
         return 2
     if result is not None:
         for name, metrics in result["sets"].items():

@@ -5,12 +5,14 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.training import training
 from megatron.training.global_vars import set_global_variables
@@ -39,7 +41,7 @@ from megatron_fipo.parallel.interruption import Interruption
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.recorder import Recorder
 from megatron_fipo.rewards.answers import Answers
-from megatron_fipo.rollout.collect import CollectSettings
+from megatron_fipo.rollout.collect import CollectSettings, OutOfContrast
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.functions import FunctionResponder
@@ -152,6 +154,16 @@ def as_one_rank() -> None:
     os.environ |= {key: str(value) for key, value in (alone | {"MASTER_PORT": port}).items()}
 
 
+def report(error: UserError) -> None:
+    """Tell a mistake in one line on stderr.
+
+    Before the start every rank of a node finds the same one, and one tells it; later perhaps one rank alone finds it.
+    """
+    alone = dist.is_initialized() and not isinstance(error, OutOfContrast)
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"megatron_fipo: {error}", file=sys.stderr)
+
+
 def start_megatron(args: argparse.Namespace) -> tuple[list[Any], Any, Any]:
     """Process groups, and the model with random weights: its chunks, optimizer and schedule."""
     initialize(args)
@@ -206,7 +218,9 @@ def _load(
 def open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], replicas: Replicas) -> RolloutEngine:
     """The engine that --rollout-engine names; collective over all ranks."""
     if args.rollout_engine == "embedded":
-        return EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
+        engine = EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
+        engine.check_memory(args.max_prompt_tokens, args.seq_length)
+        return engine
     # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
     from megatron_fipo.rollout.sglang import factory
 

@@ -9,7 +9,6 @@ into advantages, update several times, publish the weights.
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from megatron_fipo.rollout.collect import OutOfContrast, collect, groups_to_gene
 from megatron_fipo.rollout.interruptible import InterruptibleResponder
 from megatron_fipo.rollout.replay import read_rollout, write_rollout
 from megatron_fipo.rollout.rollout import Rollout
-from megatron_fipo.session import Session, open_session
+from megatron_fipo.session import Session, open_session, report
 
 
 def train(run: Session, args: argparse.Namespace) -> None:
@@ -188,10 +187,7 @@ def main(argv: Sequence[str]) -> int:
                 run.console.note("stopped by a signal; what was finished is saved")
         dist.destroy_process_group()
     except UserError as error:
-        # Before the start every rank of a node finds the same mistake; later perhaps one of them alone.
-        alone = dist.is_initialized() and not isinstance(error, OutOfContrast)
-        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"megatron_fipo: {error}", file=sys.stderr)
+        report(error)
         return 2
     return 0
 

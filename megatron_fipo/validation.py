@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import uses_transformer_engine
@@ -68,8 +70,9 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     Raises UserError naming the flag, the value seen and the fix.
     """
     for name in _POSITIVE:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:  # None: known after the start only
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     for name in _NOT_NEGATIVE:
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be a finite number from 0 up")
@@ -301,6 +304,11 @@ def _check_engine(args: argparse.Namespace) -> None:
         for url in args.sglang_url:
             if not re.fullmatch(r"https?://[^/\s]+/?", url):
                 raise UserError(f"--sglang-url {url} is no server's address; give e.g. http://10.0.0.5:30000")
+        if args.check_weights and torch.cuda.is_available() and importlib.util.find_spec("sglang") is None:
+            raise UserError(
+                "--check-weights: on a GPU SGLang's own kernel computes the checksums, and SGLang is not installed "
+                "here; train in a container that has the servers' SGLang, or leave it out"
+            )
         return
     if args.sglang_servers < 1:
         raise UserError(f"--sglang-servers {args.sglang_servers} must be at least 1")

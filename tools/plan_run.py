@@ -22,6 +22,7 @@ from typing import Any
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.chunked_logprob import TILE_BYTES
 from megatron_fipo.model.cost import CostModel
+from megatron_fipo.model.generation_memory import kv_bytes
 from megatron_fipo.model.hf_config import architecture
 from megatron_fipo.observe.peaks import peak_flops
 from megatron_fipo.presets import PRESETS
@@ -157,7 +158,7 @@ def memory(
     tokens = max(batch["max_tokens_per_microbatch"], batch["longest"]) / layout.context
     layer = tokens * activation_bytes(model) / t
     layer_input = tokens * 2 * model.hidden / t
-    row = batch["longest"] * own_layers * 2 * 2 * model.head_dim * model.kv_heads / min(t, model.kv_heads)
+    row = kv_bytes(own_layers, max(1, model.kv_heads // t), model.head_dim, batch["longest"])
     stays = {
         "weights (bf16)": 2 * (own + own_experts),
         "gradients (fp32)": 4 * (own + own_experts),
@@ -212,7 +213,7 @@ def seconds(
     bubble = 1 + (layout.pipeline - 1) / micro_batches
     rows = batch["samples_per_step"] / assume.contrast / (layout.data * layout.context)
     at_once = min(running, rows)
-    kv_row = model.layers * 2 * 2 * model.head_dim * model.kv_heads * (assume.prompt + assume.response / 2)
+    kv_row = kv_bytes(model.layers, model.kv_heads, model.head_dim, 1) * (assume.prompt + assume.response / 2)
     read = 2 * model.read_to_decode(at_once) + at_once * kv_row  # by the whole replica, for one token of each row
     step = read / (layout.tensor * GPUS[gpu].bandwidth * 1e12 * assume.bandwidth)
     step = max(step, model.layers * assume.layer_ms / 1e3)

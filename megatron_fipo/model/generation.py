@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.attention import CachedSelfAttention
 from megatron_fipo.model.fp8_training import row_multiple
+from megatron_fipo.model.generation_memory import row_bytes
 from megatron_fipo.model.kv_cache import KVCache
 
 
@@ -53,6 +54,7 @@ class GenerationModel:
         self.row_multiple = row_multiple(self._config.fp8_recipe) if self._config.fp8 else 1
         self._tensor: dist.ProcessGroup = groups.tp
         self._pipeline: dist.ProcessGroup = groups.pp
+        self._tensor: dist.ProcessGroup = groups.tp
         self._experts: dist.ProcessGroup | None = groups.tp_ep if self._config.num_moe_experts else None
         if self._experts is not None:
             _check_experts(self._experts.size(), groups.tp.size())
@@ -84,6 +86,25 @@ class GenerationModel:
     def new_cache(self, max_length: int) -> KVCache:
         """A cache for sequences of up to `max_length` prompt and generated tokens; layers of all chunks share it."""
         return KVCache(self._chunks[0].rotary_pos_emb, max_length)
+
+    def row_bytes(self, prompt: int, tokens: int) -> int:
+        """Bytes of this rank's memory for a row of `tokens` tokens at the most, `prompt` of them the prompt's."""
+        config, tensor = self._config, self._tensor.size()
+        # While an MLP runs: residual, its input and output; gate and up, two more in the making of their product.
+        activations = 4 * config.hidden_size + 4 * config.ffn_hidden_size // tensor
+        if config.num_moe_experts:  # copies of the token go to the chosen experts, and come back
+            width = 2 * config.hidden_size + 4 * config.moe_ffn_hidden_size
+            activations = max(activations, 4 * config.hidden_size + config.moe_router_topk * width)
+        return row_bytes(
+            sum(len(chunk.decoder.layers) for chunk in self._chunks),
+            max(1, config.num_query_groups // tensor),
+            config.kv_channels,
+            prompt,
+            tokens,
+            vocab_size=self._vocab_size,
+            activations=activations,
+            itemsize=self.dtype.itemsize,
+        )
 
     def logits(self, token_BL: Tensor, cache: KVCache, mask: Tensor | None, last_B: Tensor | None) -> Tensor | None:
         """Run one pass over `token_BL` (int64 [B, L], the same on every stage).
@@ -149,6 +170,13 @@ class GenerationModel:
             return count
         counts = torch.tensor(count, device=self.device)
         dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._experts)
+        return int(counts)
+
+    def fewest(self, count: int) -> int:
+        """The smallest `count` among the ranks that run the same passes; all of them call it."""
+        counts = torch.tensor(count, device=self.device)
+        for group in self.in_step:
+            dist.all_reduce(counts, dist.ReduceOp.MIN, group=group)
         return int(counts)
 
 

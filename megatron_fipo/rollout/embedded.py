@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo.errors import UserError
 from megatron_fipo.model.generation import GenerationModel
+from megatron_fipo.model.generation_memory import SPARE, free_memory
 from megatron_fipo.model.kv_cache import KVCache
-from megatron_fipo.rollout.engine import Completion, ProgressCallback, SamplingParams
+from megatron_fipo.rollout.engine import MAX_RUNNING, Completion, ProgressCallback, SamplingParams
 from megatron_fipo.rollout.sampling import sample
 
 # Finished rows leave the batch once they are this share of it: moving the cache costs less than a decoding step.
@@ -27,12 +29,14 @@ class EmbeddedEngine:
     With expert parallelism all replicas call it equally often, with the same SamplingParams.
     """
 
-    def __init__(self, model_chunks: Sequence[torch.nn.Module], vocab_size: int, max_batch: int, pad_id: int) -> None:
+    def __init__(
+        self, model_chunks: Sequence[torch.nn.Module], vocab_size: int, max_batch: int | None, pad_id: int
+    ) -> None:
         """
         Args:
             model_chunks: what Megatron's set-up returned, wrapped or not.
             vocab_size: real vocabulary; the padded rows behind it are never sampled.
-            max_batch: rows that generate together.
+            max_batch: rows that generate together; None: 256, on a GPU as many of these as its memory holds.
             pad_id: fills short prompts; any valid token.
 
         Raises:
@@ -62,7 +66,9 @@ class EmbeddedEngine:
         # Sorted, a wave holds prompts of similar length, and equal prompts side by side.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         share = _part(order, context.rank(), context.size())
-        waves = self._model.largest(math.ceil(len(share) / self._max_batch))
+        longest = max(map(len, prompts), default=1)
+        max_batch = self._max_batch or self._rows_at_once(longest, longest + sampling.max_tokens)
+        waves = self._model.largest(math.ceil(len(share) / max_batch))
         done: list[Completion] = []
         with self._model.generating():
             for number in range(waves):
@@ -86,6 +92,43 @@ class EmbeddedEngine:
             return []
         completions = dict(zip(order, done, strict=True))
         return [completions[i] for i in range(len(prompts))]
+
+    def check_memory(self, prompt: int, tokens: int) -> None:
+        """Refuse what cannot fit beside the model; collective over the ranks that generate in step.
+
+        Args:
+            prompt, tokens: of the longest prompt, and of it with the longest response.
+
+        Raises:
+            UserError: a GPU has no room for `max_batch` rows of that length, or for a single one.
+        """
+        free = free_memory(self._model.device)
+        if free is None:
+            return
+        rows, comfortable = (self._rows_within(share * free, prompt, tokens) for share in (1.0, 1.0 - SPARE))
+        if rows < self._rows_for(1):
+            raise UserError(
+                f"a GPU has no memory left beside the model to generate {tokens} tokens (--max-prompt-tokens and "
+                f"--rollout-max-tokens); spread the model over more of them, e.g. by --tensor-model-parallel-size"
+            )
+        if self._max_batch and self._rows_for(self._max_batch) > rows:
+            raise UserError(
+                f"--rollout-max-running {self._max_batch}: so many rows of {tokens} tokens do not fit on a GPU beside "
+                f"the model; use at most {max(comfortable, 1)}, or leave it out"
+            )
+
+    def _rows_at_once(self, prompt: int, tokens: int) -> int:
+        """Rows of this length that the ranks generate together: measured anew for each call of `generate`, as the
+        optimizer's moments, say, come with the first update."""
+        free = free_memory(self._model.device)
+        if free is None:
+            return MAX_RUNNING
+        return min(MAX_RUNNING, max(1, self._rows_within((1.0 - SPARE) * free, prompt, tokens)))
+
+    def _rows_within(self, memory: float, prompt: int, tokens: int) -> int:
+        """Rows that fit into `memory` bytes on every rank, in multiples of what FP8 layers want."""
+        rows = int(memory) // self._model.row_bytes(prompt, tokens)
+        return self._model.fewest(rows - rows % self._model.row_multiple)
 
     def update_weights(self, version: int) -> None:
         """Nothing to do: the weights are the trainer's."""

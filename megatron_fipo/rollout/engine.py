@@ -6,6 +6,10 @@ from typing import Protocol
 
 import torch.distributed as dist
 
+MAX_RUNNING = 256
+"""Completions that a replica generates at once, unless --rollout-max-running says. About where a decoding step's
+arithmetic takes as long as reading the weights: more of them gain little."""
+
 ProgressCallback = Callable[[int], None]
 """Called with the number of completions that have just finished."""
 

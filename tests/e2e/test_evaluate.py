@@ -45,6 +45,16 @@ def evaluation(cwd: Path, ranks: int, out: str, *flags: object) -> tuple[dict, s
     return result, done.stdout
 
 
+TOOLS = """
+import os
+
+
+async def fails(dialogue):
+    assert os.environ["RANK"] == "0", "the tool server is gone"
+    await dialogue.generate()
+"""
+
+
 @pytest.fixture(scope="module")
 def trained(trained_base, tmp_path_factory) -> Path:
     """A folder with runs/run/checkpoints and hf, the same weights, trained for two steps."""
@@ -118,3 +128,13 @@ def test_mistakes_are_one_line(trained_base, tmp_path, monkeypatch, capsys, flag
     assert main([*SIZE, *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("megatron_fipo: ") and words in err and err.count("\n") == 1
+
+
+def test_a_mistake_of_one_rank_alone_is_told(trained, trained_base):
+    (trained / "my_tools.py").write_text(TOOLS)
+    done = run(
+        trained, 2, "megatron_fipo.evaluate", "--hf-model", "hf", "--out", "never", "--rollout-function",
+        "my_tools:fails", "--eval-data", f"heldout:{trained_base / 'heldout.jsonl'}:1",
+    )  # fmt: skip
+    told = [line for line in done.stderr.splitlines() if line.startswith("megatron_fipo: ")]
+    assert done.returncode != 0 and len(told) == 1 and "the tool server is gone" in told[0], done.stderr[-4000:]

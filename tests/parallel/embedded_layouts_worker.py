@@ -24,6 +24,7 @@ from megatron_fipo.data.prompts import Prompt
 from megatron_fipo.model.build import model_provider
 from megatron_fipo.model.policy import Policy
 from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout import embedded
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParams
 from megatron_fipo.rollout.functions import FunctionResponder, RolloutFunction
@@ -150,6 +151,20 @@ def check_layout(hf_dir: str, flags: str, expected):
     assert before == [settings(module) for module in modules], "generation changed the model's settings"
 
 
+def check_memory_that_differs(hf_dir: str, flags: str, expected):
+    """The GPU with the least memory decides about its replica's waves; ranks that disagree would wait for ever."""
+    engine = EmbeddedEngine(build(hf_dir, flags), VOCAB, None, pad_id=0)
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    known = embedded.free_memory
+    embedded.free_memory = lambda device: 60_000 * (1 + dist.get_rank())
+    try:
+        found = generate_all(engine, hf_dir, replica, replicas)
+    finally:
+        embedded.free_memory = known
+    wanted = expected["greedy"][replica::replicas]
+    assert [c.tokens for c in found["greedy"]] == [c.tokens for c in wanted]
+
+
 def settings(module: torch.nn.Module):
     config = getattr(module, "config", None)
     names = ("sequence_parallel", "reduce_scatter_embeddings", "training")
@@ -211,6 +226,10 @@ def main():
     for layout, (model, flags) in LAYOUTS.items():
         with parallel(folders["qwen3_moe"], flags):
             check(layout, check_layout, folders[model], flags, expected[model])
+    for layout in ("TP2 SP PP2", "PP2 EP2"):
+        model, flags = LAYOUTS[layout]
+        with parallel(folders["qwen3_moe"], flags):
+            check(f"{layout}, memory", check_memory_that_differs, folders[model], flags, expected[model])
     dist.destroy_process_group()
 
 

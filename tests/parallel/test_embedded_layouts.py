@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = 17
+CASES = 19
 
 
 def test_every_layout_generates_what_one_process_does(hf_model):

@@ -1,13 +1,17 @@
 """Flags: presets, precedence, the batch arithmetic, and mistakes that are told before anything starts."""
 
+import argparse
 import json
 import shutil
 
 import pytest
 
-from megatron_fipo import compat
+from megatron_fipo import compat, validation
 from megatron_fipo.arguments import parse_arguments
 from megatron_fipo.arithmetic import banner
+from megatron_fipo.errors import UserError
+from megatron_fipo.rollout.collect import OutOfContrast
+from megatron_fipo.session import report
 from megatron_fipo.train import main
 
 compat.install()
@@ -283,3 +287,32 @@ def test_without_transformer_engine_its_kernels_are_off(trained_base):
     flags = ("--preset", "quickstart", "--hf-model", trained_base, "--prompt-data", trained_base / "train.jsonl")
     args = parse_arguments([*map(str, flags), "--transformer-impl", "local", "--dry-run"])
     assert not args.apply_rope_fusion and not args.moe_grouped_gemm
+
+
+def test_checksums_need_sglang_on_a_gpu(monkeypatch):
+    args = argparse.Namespace(
+        rollout_engine="sglang", sglang_url=["http://10.0.0.5:30000"], sglang_servers=None, sglang_flags=[],
+        sglang_colocate=False, sglang_port=None, check_weights=True,
+    )  # fmt: skip
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    validation._check_engine(args)  # on a CPU they are Python's own
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UserError, match="--check-weights: .* SGLang is not installed here; train in a container"):
+        validation._check_engine(args)
+    args.check_weights = False
+    validation._check_engine(args)
+
+
+def test_who_tells_a_mistake(megatron, monkeypatch, capsys):
+    """On a node's second rank: nothing before the start, when the first says the same; later what it found alone."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    report(OutOfContrast("known to all"))
+    assert capsys.readouterr().err == ""
+    report(UserError("known to one"))
+    assert capsys.readouterr().err == "megatron_fipo: known to one\n"
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    report(UserError("known to all"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    report(OutOfContrast("known to all"))
+    assert capsys.readouterr().err == "megatron_fipo: known to all\n"

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron_fipo.checkpoint.hf import export_hf_weights, hf_layout
 from megatron_fipo.errors import UserError
 from megatron_fipo.parallel.replicas import Replicas
+from megatron_fipo.rollout.engine import MAX_RUNNING
 from megatron_fipo.rollout.sglang import engine
 from megatron_fipo.rollout.sglang.buckets import TensorSpec
 from megatron_fipo.rollout.sglang.client import Client
@@ -90,7 +91,7 @@ def open_engine(
     args: argparse.Namespace, fleet: Fleet, sync: engine.WeightSync, replicas: Replicas
 ) -> engine.SGLangEngine:
     """The engine on these servers, whose weights come from ``sync``."""
-    client = Client(fleet, args.vocab_size, args.rollout_max_running, replicas.rank)
+    client = Client(fleet, args.vocab_size, args.rollout_max_running or MAX_RUNNING, replicas.rank)
     return engine.SGLangEngine(fleet, client, sync, replicas)
 
 

@@ -41,12 +41,14 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(shell find csrc -ty
 sglang: $(VENV)/.sglang
 
 # Without its CUDA packages, hence --no-deps. A GPU machine's own SGLang came with its kernels: it stays as it is.
-HAS_OWN_SGLANG := import importlib.util, sys, torch; \
-  sys.exit(not (torch.cuda.is_available() and importlib.util.find_spec("sglang")))
+SGLANG_HERE := import importlib.util, torch; print(torch.cuda.is_available(), bool(importlib.util.find_spec("sglang")))
 
 $(VENV)/.sglang: $(VENV)/.built requirements/sglang.txt
-	@$(BIN)/python -c '$(HAS_OWN_SGLANG)' && echo "using the SGLang that is installed" \
-	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
+	@case $$($(BIN)/python -c '$(SGLANG_HERE)') in \
+	  "True True") echo "using the SGLang that is installed" ;; \
+	  "True False") echo "a GPU without SGLang: use a container that has it, or hide the GPU (CUDA_VISIBLE_DEVICES=)" >&2; exit 1 ;; \
+	  *) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt ;; \
+	esac
 	@touch $@
 
 # TransformerEngine's Python half, in an environment over $(VENV), never in it: half of a TransformerEngine changes what

@@ -205,7 +205,7 @@ def open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], 
     """The engine that --rollout-engine names; collective over all ranks."""
     if args.rollout_engine == "embedded":
         return EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
-    # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
+    # Imported here: the embedded engine does without.
     from megatron_fipo.rollout.sglang import factory
 
     fleet = factory.open_fleet(args, folder.path / "sglang")

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import save_file
 
 from megatron_fipo import compat
+from megatron_fipo.rollout.sglang import launch
 from megatron_fipo.train import main
 
 compat.install()
@@ -146,7 +147,6 @@ def test_a_dry_run_has_the_numbers_of_the_recipe(name, folder, recorded, trained
     command, environment = start["command"], start["environment"]
     assert command[:3] == ["python", "-m", "megatron_fipo.train"]
     monkeypatch.setenv("WORLD_SIZE", environment["WORLD_SIZE"])
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", environment["CUDA_DEVICE_MAX_CONNECTIONS"])
     monkeypatch.chdir(folder)
     code = main(command[3:])
     out, err = capsys.readouterr()
@@ -215,9 +215,13 @@ def test_a_server_has_both_keys_and_what_the_client_needs(folder, recorded):
     assert script.returncode == 0, script.stderr
     (start,) = started(folder)
     assert " ".join(start["command"]) == (
-        "python -m sglang.launch_server --model-path /m --host node16 --port 30000 --tp-size 8 --skip-tokenizer-init "
-        "--incremental-streaming-output --api-key user --admin-api-key admin --context-length 32768"
+        "python -m megatron_fipo.rollout.sglang.launch --model-path /m --host node16 --port 30000 --tp-size 8 "
+        "--skip-tokenizer-init --incremental-streaming-output --context-length 32768"
     )
+    environment = start["environment"]
+    assert (environment[launch.API_KEY], environment[launch.ADMIN_KEY]) == ("user", "admin")
+    assert environment["PYTHONPATH"].split(":")[0] == str(ROOT)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment  # the trainer's
 
 
 def test_shellcheck_has_nothing_to_say():
@@ -255,7 +259,7 @@ SLURM = {
         exit $code""",
 }
 # A recipe whose torchrun is the real one; its two ranks save as slowly as ranks do.
-RANK = """
+RANK = r"""
 import os, pathlib, signal, sys, time
 
 told = []
@@ -317,7 +321,8 @@ def test_a_container_is_given_no_relative_path(tmp_path):
 def test_a_job_out_of_time_saves_and_goes_back_to_the_queue(tmp_path, code, requeued):
     """Slurm's USR1 to the batch shell reaches every rank and no torchrun; the requeue waits for what they save."""
     (tmp_path / "rank.py").write_text(RANK)
-    job = start_job(tmp_path, f"exec torchrun --standalone --nproc-per-node 2 {tmp_path}/rank.py {code}", OMP_NUM_THREADS="1")
+    torchrun = f"exec torchrun --standalone --nproc-per-node 2 {tmp_path}/rank.py {code}"
+    job = start_job(tmp_path, torchrun, OMP_NUM_THREADS="1")
     try:
         assert job.stdout is not None and [job.stdout.readline() for _ in range(2)] == 2 * ["training\n"]
         job.send_signal(signal.SIGUSR1)

@@ -13,10 +13,10 @@ FROM ${IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 WORKDIR /opt/megatron_fipo
 
-# Build tools first: the extension is compiled against the image's torch, so without build isolation. The image has both
+# Build tools first: the extension is compiled against the image's torch, so without build isolation. The image has them
 # as a rule, and its constraints choose their versions.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir ninja pybind11
+RUN pip install --no-cache-dir ninja pybind11 'setuptools>=77'
 
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY requirements requirements

@@ -41,19 +41,14 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(shell find csrc -ty
 
 sglang: $(VENV)/.sglang
 
-# Without its CUDA packages, hence --no-deps: for a CPU. A GPU machine's own SGLang came with its kernels and stays as
-# it is; without one there is nothing here that would run. Exit code 3: install.
-OWN_SGLANG := import importlib.util, sys, torch; \
-  torch.cuda.is_available() or sys.exit(3); \
-  importlib.util.find_spec("sglang") or sys.exit("make sglang: this machine has a GPU, and what is installed here is " \
-    "for a CPU: use a container that has SGLang with its kernels, or install that (pip install \"sglang\") into " \
-    "$(VENV) yourself; for tests on the CPU hide the GPU: CUDA_VISIBLE_DEVICES= make sglang")
+# Without its CUDA packages, hence --no-deps. A GPU machine's own SGLang came with its kernels: it stays as it is.
+SGLANG_HERE := import importlib.util, torch; print(torch.cuda.is_available(), bool(importlib.util.find_spec("sglang")))
 
 $(VENV)/.sglang: $(VENV)/.built requirements/sglang.txt
-	@$(BIN)/python -c '$(OWN_SGLANG)'; case $$? in \
-	  0) echo "using the SGLang that is installed" ;; \
-	  3) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt ;; \
-	  *) exit 1 ;; \
+	@case $$($(BIN)/python -c '$(SGLANG_HERE)') in \
+	  "True True") echo "using the SGLang that is installed" ;; \
+	  "True False") echo "a GPU without SGLang: use a container that has it, or hide the GPU (CUDA_VISIBLE_DEVICES=)" >&2; exit 1 ;; \
+	  *) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt ;; \
 	esac
 	@touch $@
 

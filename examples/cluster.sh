@@ -18,12 +18,12 @@ MASTER_PORT=${MASTER_PORT:-29500}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}
 
-export CUDA_DEVICE_MAX_CONNECTIONS=1                    # tensor parallelism overlaps only if kernels start in order
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # packs differ in length: fixed segments would fragment
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 export HF_HUB_OFFLINE=1 # model and data are folders; hundreds of ranks must not ask a hub
 
 launch() { # launch ARGUMENTS: replaces the shell, so that a signal to the script reaches torchrun
+    # Packs differ in length: fixed segments would fragment.
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
     if [[ " $* " == *" --dry-run "* ]]; then
         # One process checks the command line for the whole cluster: no GPU, no other node, and JSON alone on stdout,
         # under which torchrun would hide the exit code.

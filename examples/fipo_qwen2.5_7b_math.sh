@@ -4,7 +4,8 @@
 #   HF_MODEL=/models/Qwen2.5-Math-7B PROMPT_DATA=/data/dapo-math-17k.jsonl EVAL_DATA=aime24:/data/aime24.jsonl:32 \
 #   MASTER_ADDR=node0 NODE_RANK=0 examples/fipo_qwen2.5_7b_math.sh         # and so on, on every node
 #
-# It fits on one node (NNODES=1) as it is; tools/plan_run.py forecasts others.
+# It fits on one node (NNODES=1) as it is; tools/plan_run.py forecasts others. As in the recipe, set
+# max_position_embeddings in the folder's config.json from 4096 to 32768: servers and later users of the model read it.
 # Arguments are added to the command and win: `--dry-run` checks everything and prints the batch arithmetic as JSON. The
 # same command started again goes on from the run's newest checkpoint.
 set -euo pipefail
@@ -14,10 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 require HF_MODEL "the Hugging Face folder of Qwen2.5-Math-7B (config.json, safetensors, tokenizer)"
 require PROMPT_DATA "a JSONL file of prompts with answers (docs/training.md)"
 
-MODEL=(
-    --hf-model "$HF_MODEL" --bf16
-    --max-position-embeddings 32768 # config.json says 4,096; the recipe widens the window
-)
+MODEL=(--hf-model "$HF_MODEL" --bf16)
 
 PARALLEL=(
     --tensor-model-parallel-size 2 # weights and fp32 gradients take 22.8 of 80 GB; more would only add communication

@@ -8,7 +8,8 @@
 #   PORT           (30000)
 #   GPUS_PER_NODE  tensor-parallel ranks (8)
 #
-# Both keys are the recipe's too, by the same variables. Arguments are added to the command and win.
+# Both keys are the recipe's too, by the same variables. Arguments are added to the command and win. It needs SGLang, with
+# the trainer's torch and NCCL (docs/engines.md), and of this repository no installation.
 set -euo pipefail
 # shellcheck source=examples/cluster.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
@@ -16,6 +17,9 @@ require HF_MODEL "the Hugging Face folder that the recipe trains"
 require SGLANG_API_KEY "the key of every request, for example \$(openssl rand -hex 16)"
 require SGLANG_ADMIN_API_KEY "the key of weight updates, another one"
 
-exec python -m sglang.launch_server --model-path "$HF_MODEL" --host "${HOST:-$(hostname)}" --port "${PORT:-30000}" \
-    --tp-size "$GPUS_PER_NODE" --skip-tokenizer-init --incremental-streaming-output \
-    --api-key "$SGLANG_API_KEY" --admin-api-key "$SGLANG_ADMIN_API_KEY" "$@"
+# sglang.launch_server takes keys by its command line only, which every user of the machine can read.
+export MEGATRON_FIPO_SGLANG_API_KEY=$SGLANG_API_KEY MEGATRON_FIPO_SGLANG_ADMIN_KEY=$SGLANG_ADMIN_API_KEY
+PYTHONPATH="$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH
+exec python -m megatron_fipo.rollout.sglang.launch --model-path "$HF_MODEL" --host "${HOST:-$(hostname)}" \
+    --port "${PORT:-30000}" --tp-size "$GPUS_PER_NODE" --skip-tokenizer-init --incremental-streaming-output "$@"

@@ -221,7 +221,7 @@ def open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], 
         engine = EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
         engine.check_memory(args.max_prompt_tokens, args.seq_length)
         return engine
-    # Imported here: its packages (aiohttp) come with `make sglang`, and the embedded engine does without.
+    # Imported here: the embedded engine does without.
     from megatron_fipo.rollout.sglang import factory
 
     fleet = factory.open_fleet(args, folder.path / "sglang")

@@ -14,7 +14,7 @@ from megatron_fipo.data.layouts import TEMPLATES
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import uses_transformer_engine
 from megatron_fipo.model.fp8_training import check_fp8
-from megatron_fipo.model.hf_config import architecture
+from megatron_fipo.model.hf_config import architecture, read_hf_config
 from megatron_fipo.rewards.functions import parse_terms
 from megatron_fipo.rollout.sglang.flags import DESCRIBING
 from megatron_fipo.rollout.sglang.served import check_rollout_weights
@@ -61,6 +61,7 @@ _FIPO_FLAGS: dict[str, tuple[str, ...]] = {
     "cispo": (),
     "reinforce++": (),
 }
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _FREE_IN_A_REFERENCE = {"max_position_embeddings", "init_method_std"}
 
 
@@ -102,6 +103,7 @@ def check(args: argparse.Namespace, *, training: bool = True) -> None:
     _check_save_hf(args)
     if args.rollout_engine == "sglang":
         check_rollout_weights(args, training=training)
+        _check_window(args)
 
 
 def _check_shapes(args: argparse.Namespace) -> None:
@@ -296,6 +298,11 @@ def _check_engine(args: argparse.Namespace) -> None:
         )
     if args.sglang_colocate and args.sglang_url is not None:
         raise UserError("--sglang-colocate is for servers that are started here; use --sglang-servers N")
+    if args.sglang_colocate and any("expandable_segments:True" in os.environ.get(name, "") for name in _ALLOCATOR):
+        raise UserError(
+            "--sglang-colocate hands weights over by CUDA IPC, which PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "
+            "prevents; set it to nothing: export PYTORCH_CUDA_ALLOC_CONF="
+        )
     if args.sglang_url is not None:
         passed = [flag for flag in args.sglang_flags if flag.startswith("--") and flag not in DESCRIBING]
         if passed or args.sglang_port:
@@ -319,6 +326,18 @@ def _check_engine(args: argparse.Namespace) -> None:
         )
     if importlib.util.find_spec("sglang") is None and not args.dry_run:
         raise UserError("--sglang-servers: SGLang is not installed; run 'make sglang', or use a container that has it")
+
+
+def _check_window(args: argparse.Namespace) -> None:
+    """A server refuses a request that may exceed the window of its config.json; the trainer's grows by itself."""
+    window, needed = read_hf_config(args.hf_model)["max_position_embeddings"], args.max_prompt_tokens
+    needed += args.rollout_max_tokens
+    if needed > window and "--context-length" not in args.sglang_flags:
+        raise UserError(
+            f"--max-prompt-tokens {args.max_prompt_tokens} and --rollout-max-tokens {args.rollout_max_tokens} exceed "
+            f"max_position_embeddings {window} of {args.hf_model}/config.json, which bounds SGLang's requests; raise "
+            f"it there, for trainer and servers"
+        )
 
 
 def _check_fp8(args: argparse.Namespace) -> None:

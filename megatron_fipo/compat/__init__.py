@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import warnings
 
 import torch
@@ -32,5 +33,8 @@ def needed_patches() -> tuple[Patch, ...]:
 
 @functools.cache
 def install() -> None:
-    """Make Megatron work on this machine. Call before Megatron is used; further calls do nothing."""
+    """Make Megatron work on this machine. Call before Megatron and CUDA are used; further calls do nothing."""
+    # Up to Hopper, kernels of tensor and context parallelism overlap with communication only if they start in order;
+    # Megatron insists, and CUDA reads it when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     apply(needed_patches())

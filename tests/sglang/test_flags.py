@@ -52,6 +52,33 @@ def test_servers_of_several_nodes_need_an_interface(monkeypatch):
     parse_arguments([*SGLANG, "--sglang-servers", "1", "--sglang-host", "eth0"])
 
 
+def test_a_server_inherits_nothing_that_is_the_trainer_s_alone(monkeypatch):
+    from megatron_fipo.rollout.sglang.servers import server_environment
+
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    environment = server_environment()
+    assert environment["NCCL_SOCKET_IFNAME"] == "eth0" and "x" not in environment.values()
+
+
+def test_colocated_servers_need_memory_that_can_be_handed_over(monkeypatch):
+    flags = [*SGLANG, "--sglang-servers", "1", "--sglang-colocate"]
+    parse_arguments(flags)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    with pytest.raises(UserError, match="export PYTORCH_CUDA_ALLOC_CONF="):
+        parse_arguments(flags)
+
+
+def test_a_window_too_narrow_for_the_servers_is_named(trained_base):
+    data = ["--hf-model", str(trained_base), "--prompt-data", str(trained_base / "train.jsonl")]
+    flags = [*SGLANG, *data, "--sglang-servers", "1", "--max-prompt-tokens", "32"]
+    parse_arguments([*flags, "--rollout-max-tokens", "96"])
+    with pytest.raises(UserError, match="exceed max_position_embeddings 128 of .*config.json"):
+        parse_arguments([*flags, "--rollout-max-tokens", "97"])
+    parse_arguments([*flags, "--rollout-max-tokens", "97", "--sglang-context-length", "129"])
+
+
 def test_old_versions_and_open_interfaces_are_refused():
     pytest.importorskip("aiohttp", reason="SGLang is not installed: make sglang")
     from megatron_fipo.rollout.sglang.servers import address_of, check_version

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import save_file
 
 from megatron_fipo import compat
+from megatron_fipo.rollout.sglang import launch
 from megatron_fipo.train import main
 
 compat.install()
@@ -146,7 +147,6 @@ def test_a_dry_run_has_the_numbers_of_the_recipe(name, folder, recorded, trained
     command, environment = start["command"], start["environment"]
     assert command[:3] == ["python", "-m", "megatron_fipo.train"]
     monkeypatch.setenv("WORLD_SIZE", environment["WORLD_SIZE"])
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", environment["CUDA_DEVICE_MAX_CONNECTIONS"])
     monkeypatch.chdir(folder)
     code = main(command[3:])
     out, err = capsys.readouterr()
@@ -215,9 +215,13 @@ def test_a_server_has_both_keys_and_what_the_client_needs(folder, recorded):
     assert script.returncode == 0, script.stderr
     (start,) = started(folder)
     assert " ".join(start["command"]) == (
-        "python -m sglang.launch_server --model-path /m --host node16 --port 30000 --tp-size 8 --skip-tokenizer-init "
-        "--incremental-streaming-output --api-key user --admin-api-key admin --context-length 32768"
+        "python -m megatron_fipo.rollout.sglang.launch --model-path /m --host node16 --port 30000 --tp-size 8 "
+        "--skip-tokenizer-init --incremental-streaming-output --context-length 32768"
     )
+    environment = start["environment"]
+    assert (environment[launch.API_KEY], environment[launch.ADMIN_KEY]) == ("user", "admin")
+    assert environment["PYTHONPATH"].split(":")[0] == str(ROOT)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment  # the trainer's
 
 
 def test_shellcheck_has_nothing_to_say():
@@ -237,14 +241,36 @@ def test_what_the_slurm_job_asks_for():
     options = dict(re.fullmatch(r"--([a-z-]+)(?:=(\S+))?", directive).groups() for directive in directives)
     assert options["nodes"] == "16" and options["gpus-per-node"] == "8" and options["ntasks-per-node"] == "1"
     assert "requeue" in options and options["open-mode"] == "append"
-    who, seconds = re.fullmatch(r"(B:USR1)@(\d+)", options["signal"]).groups()
-    assert who and int(seconds) > int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", SBATCH.read_text())[1])
+    # 32B: ten minutes of updates and a checkpoint of 459 GB, both after the signal at the worst.
+    assert int(re.fullmatch(r"B:USR1@(\d+)", options["signal"])[1]) >= 2400
 
 
+# Slurm's two commands. srun (SchedMD/slurm, src/srun/srun.c) passes USR1 on to the task, not to what that starts, and
+# answers TERM, HUP and QUIT with KILL for all that the task has started.
 SLURM = {
     "scontrol": 'if [[ $1 == show ]]; then echo node7; echo node8; else echo "$*" >>scontrol.log; fi',
-    "srun": 'while [[ $1 == --* ]]; do echo "$1" >>srun.log; shift; done; SLURM_NODEID=1 exec "$@"',
+    "srun": """
+        while [[ $1 == --* ]]; do echo "$1" >>srun.log; shift; done
+        [[ $1 == /* ]] || set -- "$ROOT/$1" "${@:2}" # the repository is elsewhere here
+        SLURM_NODEID=1 setsid "$@" & task=$!
+        trap 'kill -USR1 $task' USR1
+        trap 'pkill -KILL --session $task' TERM HUP QUIT
+        while wait $task; code=$?; kill -0 $task 2>/dev/null; do :; done
+        exit $code""",
 }
+# A recipe whose torchrun is the real one; its two ranks save as slowly as ranks do.
+RANK = r"""
+import os, pathlib, signal, sys, time
+
+told = []
+signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
+os.write(1, b"training\n")  # in one piece beside the other rank's
+while not told:
+    time.sleep(0.05)
+time.sleep(1)
+pathlib.Path(f"saved{os.environ['LOCAL_RANK']}").touch()
+sys.exit(int(sys.argv[1]))
+"""
 
 
 def start_job(folder: Path, recipe: str, **variables: str) -> subprocess.Popen:
@@ -252,7 +278,8 @@ def start_job(folder: Path, recipe: str, **variables: str) -> subprocess.Popen:
     for name, body in {**SLURM, "recipe": recipe}.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "40123", "SLURM_JOB_NUM_NODES": "2"}
+    search = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": search, "SLURM_JOB_ID": "40123", "SLURM_JOB_NUM_NODES": "2", "ROOT": str(ROOT)}
     environment |= {"SLURM_JOB_NODELIST": "node[7-8]", "HF_MODEL": "/m/q", "PROMPT_DATA": "/d/p.jsonl"}
     environment |= variables
     return subprocess.Popen(
@@ -264,25 +291,46 @@ def start_job(folder: Path, recipe: str, **variables: str) -> subprocess.Popen:
 def test_a_job_that_ends_by_itself_is_not_started_again(tmp_path):
     job = start_job(tmp_path, 'echo "$NODE_RANK of $NNODES at $MASTER_ADDR:$MASTER_PORT, flags $*"; exit 7')
     out, _ = job.communicate(timeout=30)
-    assert job.returncode == 7 and out == "1 of 2 at node7:20123, flags --seed 5\n"
+    assert job.returncode == 7 and out == "1 of 2 at node7:28246, flags --seed 5\n"
     assert not (tmp_path / "scontrol.log").exists()
     assert "--container" not in (tmp_path / "srun.log").read_text()
 
 
 def test_a_job_in_a_container_sees_model_data_and_runs(tmp_path):
-    job = start_job(tmp_path, 'echo "$RUNS_DIR"', CONTAINER_IMAGE="/images/a.sqsh")
+    eval_data = {"EVAL_DATA": "a:/d/a.jsonl:32 b:/held/out/b.jsonl:4", "CONTAINER_MOUNTS": "/home/me/rewards"}
+    runs = {"RUNS_DIR": "../runs", "CONTAINER_IMAGE": "/images/a.sqsh"}
+    (tmp_path / "submit").mkdir()
+    job = start_job(tmp_path / "submit", 'echo "$RUNS_DIR"', **runs, **eval_data)
     out, _ = job.communicate(timeout=30)
     assert job.returncode == 0 and out == f"{tmp_path}/runs\n"
-    options = (tmp_path / "srun.log").read_text().splitlines()
-    assert "--container-image=/images/a.sqsh" in options and f"--container-mounts={tmp_path},/m,/d" in options
+    options = (tmp_path / "submit" / "srun.log").read_text().splitlines()
+    assert "--container-image=/images/a.sqsh" in options
+    (mounts,) = (option.split("=")[1].split(",") for option in options if option.startswith("--container-mounts="))
+    wanted = {"/m", "/d", "/held/out", "/home/me/rewards", str(tmp_path / "submit"), str(tmp_path / "runs")}
+    assert set(mounts) == wanted and len(mounts) == len(wanted)
+    assert (tmp_path / "runs").is_dir()  # what is mounted must be there
 
 
-def test_a_job_out_of_time_saves_and_goes_back_to_the_queue(tmp_path):
-    """Slurm's USR1 to the batch shell becomes the SIGTERM on which training saves; the requeue waits for that."""
-    saves = "trap 'sleep 1; echo saved; exit 0' TERM; echo training; while :; do sleep 0.1; done"
-    job = start_job(tmp_path, saves)
-    assert job.stdout is not None and job.stdout.readline() == "training\n"
-    job.send_signal(signal.SIGUSR1)
+def test_a_container_is_given_no_relative_path(tmp_path):
+    job = start_job(tmp_path, "", CONTAINER_IMAGE="/images/a.sqsh", HF_MODEL="models/q")
     out, _ = job.communicate(timeout=30)
-    assert out == "saved\n"
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 40123\n"
+    assert job.returncode == 2 and out == "train.sbatch: a container needs absolute paths, not models\n"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, True), (3, False)])
+def test_a_job_out_of_time_saves_and_goes_back_to_the_queue(tmp_path, code, requeued):
+    """Slurm's USR1 to the batch shell reaches every rank and no torchrun; the requeue waits for what they save."""
+    (tmp_path / "rank.py").write_text(RANK)
+    torchrun = f"exec torchrun --standalone --nproc-per-node 2 {tmp_path}/rank.py {code}"
+    job = start_job(tmp_path, torchrun, OMP_NUM_THREADS="1")
+    try:
+        assert job.stdout is not None and [job.stdout.readline() for _ in range(2)] == 2 * ["training\n"]
+        job.send_signal(signal.SIGUSR1)
+        out, _ = job.communicate(timeout=60)
+    finally:
+        subprocess.run(["pkill", "-KILL", "--parent", str(job.pid)])
+        subprocess.run(["pkill", "-KILL", "--full", str(tmp_path / "rank.py")])
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists(), out
+    assert (tmp_path / "scontrol.log").exists() == requeued == (job.returncode == 0), out
+    if requeued:
+        assert (tmp_path / "scontrol.log").read_text() == "requeue 40123\n"

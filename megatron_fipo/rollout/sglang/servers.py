@@ -32,6 +32,9 @@ _CPU_FLAGS = (
     *("--mem-fraction-static", "0.8", "--max-total-tokens", "81920", "--max-running-requests", "64"),
 )
 _TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*")
+# Good for the trainer only: one queue serialises SGLang's streams; expandable segments have no CUDA IPC handles for its
+# all-reduce, and torch-memory-saver refuses them.
+_TRAINER = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _POLL_S = 0.3
 
 
@@ -123,6 +126,11 @@ def address_of(host: str) -> str:
     return host
 
 
+def server_environment() -> dict[str, str]:
+    """This process's environment without what torchrun and the trainer have in it for themselves."""
+    return {k: value for k, value in os.environ.items() if k not in _TRAINER and not _TORCHRUN.fullmatch(k)}
+
+
 def _reserve(host: str, port: int) -> socket.socket:
     """A socket bound to a port and never listening: nobody is given the port meanwhile, and the server can take it.
 
@@ -147,7 +155,7 @@ def _start(settings: StartSettings, index: int, port: int) -> Server:
     command += ["--log-level-http", "warning", *(() if cuda else _CPU_FLAGS), *settings.flags]
     command += ["--host", settings.host, "--port", str(port)]
 
-    environment = {name: value for name, value in os.environ.items() if not _TORCHRUN.fullmatch(name)}
+    environment = server_environment()
     environment |= {launch.API_KEY: address.api_key, launch.ADMIN_KEY: address.admin_key, "HF_HUB_OFFLINE": "1"}
     config = read_hf_config(settings.model)
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:

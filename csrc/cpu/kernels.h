@@ -11,7 +11,8 @@
 
 namespace megatron_fipo {
 
-constexpr int kMaxLanes = 16;   // floats of the widest register
+constexpr int kMaxLanes = 16;       // floats of the widest register
+constexpr int kChunkTokens = 256;   // that the loss takes at once
 
 // Powers of gamma, taken in double and rounded once.
 struct Discount {
@@ -22,11 +23,17 @@ struct Discount {
       descending[k] = static_cast<float>(power[kMaxLanes - k]);
       ascending[kMaxLanes + k] = static_cast<float>(power[k + 1]);
     }
+    for (int lane = 0; lane < kMaxLanes; ++lane) {
+      double value = power[kMaxLanes - lane];
+      for (int base = kChunkTokens - kMaxLanes; base >= 0; base -= kMaxLanes, value *= power[kMaxLanes])
+        chunk[base + lane] = static_cast<float>(value);
+    }
   }
   double gamma;
   double power[kMaxLanes + 1];
   alignas(64) float descending[2 * kMaxLanes] = {};   // gamma^(16 - k), 0 from k = 16 on
   alignas(64) float ascending[2 * kMaxLanes] = {};    // gamma^(k - 15), 0 below k = 16
+  alignas(64) float chunk[kChunkTokens];              // gamma^(kChunkTokens - k)
 };
 
 // Tokens [begin, end) of one sequence, counted from the start of the pack. Kernels cut it where the token index is a

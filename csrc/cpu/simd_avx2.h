@@ -5,7 +5,6 @@ namespace megatron_fipo {
 namespace {
 
 constexpr int kLanes = 8;
-constexpr bool kMasksAreFree = false;
 using Vector = __m256;
 struct Mask {
   __m256 bits;
@@ -47,6 +46,7 @@ inline bool every(Mask m) { return _mm256_movemask_ps(m.bits) == 0xff; }
 inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }
 inline Mask without(Mask a, Mask b) { return {_mm256_andnot_ps(b.bits, a.bits)}; }
 
+inline int64_t number(Mask m) { return __builtin_popcount(_mm256_movemask_ps(m.bits)); }
 using Count = __m256i;   // of each lane
 inline void count(Count& total, Mask m) { total = _mm256_sub_epi32(total, _mm256_castps_si256(m.bits)); }
 inline int64_t lane_total(Count total) {
@@ -92,6 +92,20 @@ inline Vector scan_register(Vector v, const Vector* power) {
 template <bool Reverse>
 inline Vector scan_register(const float* p, const Vector* power) {
   return scan_register<Reverse>(load(p), power);
+}
+
+// The sum of as many tokens as a register has lanes, from each lane on, reaching into the register behind. power[k] =
+// gamma^(2^k); behind[k]: the sums over 2^k tokens of the register behind, replaced by this one's.
+inline Vector window_sum(Vector v, Vector* behind, const Vector* power) {
+  const auto middle = [](Vector v, Vector behind) { return _mm256_permute2f128_ps(v, behind, 0x21); };
+  const auto joined = [](Vector v, Vector middle, auto bytes) {
+    return _mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(middle), _mm256_castps_si256(v), decltype(bytes)::value));
+  };
+  const Vector two = fma(power[0], joined(v, middle(v, behind[0]), std::integral_constant<int, 4>()), v);
+  const Vector four = fma(power[1], joined(two, middle(two, behind[1]), std::integral_constant<int, 8>()), two);
+  const Vector eight = fma(power[2], middle(four, behind[2]), four);
+  behind[0] = v, behind[1] = two, behind[2] = four;
+  return eight;
 }
 
 // 2^(n / 8) for the integer n in the low bits of `shifted` (exponential() in kernels_loss.inc).

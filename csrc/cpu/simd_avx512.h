@@ -5,7 +5,6 @@ namespace megatron_fipo {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr bool kMasksAreFree = true;   // no second code path for registers that are all response
 using Vector = __m512;
 using Mask = __mmask16;
 
@@ -28,15 +27,21 @@ inline Mask load_mask(const uint8_t* p, int low, int high) {
   const __m128i bytes = _mm_maskz_loadu_epi8(lanes(low, high), p);
   return _mm_test_epi8_mask(bytes, bytes);
 }
-inline bool all_response(const uint8_t* p) { return load_mask(p) == 0xffff; }
+// Torch's bool is 0 or 1.
+inline bool all_response(const uint8_t* p) {
+  uint64_t bytes[2];
+  std::memcpy(bytes, p, sizeof(bytes));
+  return (bytes[0] & bytes[1]) == 0x0101010101010101u;
+}
 inline bool no_response(const uint8_t* p) { return load_mask(p) == 0; }
 inline bool every(Mask m) { return m == 0xffff; }
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask without(Mask a, Mask b) { return a & ~b; }
 
-using Count = __m512i;   // of each lane
-inline void count(Count& total, Mask m) { total = _mm512_mask_sub_epi32(total, m, total, _mm512_set1_epi32(-1)); }
-inline int64_t lane_total(Count total) { return _mm512_reduce_add_epi32(total); }
+inline int64_t number(Mask m) { return __builtin_popcount(m); }
+using Count = int64_t;   // of all lanes: outside the vector units
+inline void count(Count& total, Mask m) { total += number(m); }
+inline int64_t lane_total(Count total) { return total; }
 
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 // A NaN in the second argument is returned.
@@ -79,6 +84,21 @@ template <bool Reverse>
 inline Vector scan_register(const float* p, const Vector* power) {
   const Vector by_one = Reverse ? _mm512_maskz_loadu_ps(0x7fff, p + 1) : _mm512_maskz_loadu_ps(0xfffe, p - 1);
   return scan_rest<Reverse>(load(p), by_one, power);
+}
+
+template <int Distance>
+inline Vector joined(Vector v, Vector behind) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(behind), _mm512_castps_si512(v), Distance));
+}
+// The sum of as many tokens as a register has lanes, from each lane on, reaching into the register behind. power[k] =
+// gamma^(2^k); behind[k]: the sums over 2^k tokens of the register behind, replaced by this one's.
+inline Vector window_sum(Vector v, Vector* behind, const Vector* power) {
+  const Vector two = fma(power[0], joined<1>(v, behind[0]), v);
+  const Vector four = fma(power[1], joined<2>(two, behind[1]), two);
+  const Vector eight = fma(power[2], joined<4>(four, behind[2]), four);
+  const Vector sixteen = fma(power[3], joined<8>(eight, behind[3]), eight);
+  behind[0] = v, behind[1] = two, behind[2] = four, behind[3] = eight;
+  return sixteen;
 }
 
 // 2^(n / 16) for the integer n in the low bits of `shifted` (exponential() in kernels_loss.inc).

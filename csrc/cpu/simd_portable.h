@@ -6,7 +6,6 @@ namespace megatron_fipo {
 namespace {
 
 constexpr int kLanes = 4;
-constexpr bool kMasksAreFree = false;
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(float))));   // -1 or 0 in each lane
 
@@ -51,6 +50,7 @@ inline bool every(Mask m) {
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask without(Mask a, Mask b) { return a & ~b; }
 
+inline int64_t number(Mask m) { return -(int64_t{m[0]} + m[1] + m[2] + m[3]); }
 using Count = Mask;   // of each lane
 inline void count(Count& total, Mask m) { total -= m; }
 inline int64_t lane_total(Count total) { return int64_t{total[0]} + total[1] + total[2] + total[3]; }
@@ -83,6 +83,15 @@ inline Vector scan_register(Vector v, const Vector* power) {
 template <bool Reverse>
 inline Vector scan_register(const float* p, const Vector* power) {
   return scan_register<Reverse>(load(p), power);
+}
+
+// The sum of as many tokens as a register has lanes, from each lane on, reaching into the register behind. power[k] =
+// gamma^(2^k); behind[k]: the sums over 2^k tokens of the register behind, replaced by this one's.
+inline Vector window_sum(Vector v, Vector* behind, const Vector* power) {
+  const Vector two = fma(power[0], Vector{v[1], v[2], v[3], behind[0][0]}, v);
+  const Vector four = fma(power[1], Vector{two[2], two[3], behind[1][0], behind[1][1]}, two);
+  behind[0] = v, behind[1] = two;
+  return four;
 }
 
 constexpr int kExpBits = 0;   // exponential() in kernels_loss.inc uses no table

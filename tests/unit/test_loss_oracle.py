@@ -162,7 +162,7 @@ def test_against_formulas(cfg, normalization, weighted, backend):
         assert all(f is None or out.weights_T[t].item() == pytest.approx(f, rel=3e-5) for t, f in enumerate(expected_f))
         assert all(math.isfinite(value) for value in out.metrics.values())
         grads.append(leaf.grad)
-    assert torch.equal(*grads)
+    torch.testing.assert_close(*grads, rtol=2e-6, atol=2e-6 * float(grads[0].abs().max()))
 
 
 def test_the_batch_crosses_every_threshold():

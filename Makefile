@@ -47,7 +47,7 @@ SGLANG_HERE := import importlib.util, torch; print(torch.cuda.is_available(), bo
 $(VENV)/.sglang: $(VENV)/.built requirements/sglang.txt
 	@case $$($(BIN)/python -c '$(SGLANG_HERE)') in \
 	  "True True") echo "using the SGLang that is installed" ;; \
-	  "True False") echo "a GPU without SGLang: use a container that has it, or hide the GPU (CUDA_VISIBLE_DEVICES=)" >&2; exit 1 ;; \
+	  "True False") echo "a GPU without SGLang: use a container that has SGLang, or hide the GPU (CUDA_VISIBLE_DEVICES=)" >&2; exit 1 ;; \
 	  *) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt ;; \
 	esac
 	@touch $@

@@ -54,7 +54,6 @@ class GenerationModel:
         self.row_multiple = row_multiple(self._config.fp8_recipe) if self._config.fp8 else 1
         self._tensor: dist.ProcessGroup = groups.tp
         self._pipeline: dist.ProcessGroup = groups.pp
-        self._tensor: dist.ProcessGroup = groups.tp
         self._experts: dist.ProcessGroup | None = groups.tp_ep if self._config.num_moe_experts else None
         if self._experts is not None:
             _check_experts(self._experts.size(), groups.tp.size())

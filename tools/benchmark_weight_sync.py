@@ -95,9 +95,9 @@ class RawBroadcast:
     def seconds(self) -> float:
         body = {"nbytes": len(self._data), "group_name": "raw"}
         answer = self._calls.start(self._server.post("/raw_broadcast", body, 120))
-        self._group.broadcast(self._data[:1]).wait()
+        self._group.broadcast(self._data[:1]).result().wait()
         start = time.perf_counter()
-        self._group.broadcast(self._data).wait()
+        self._group.broadcast(self._data).result().wait()
         seconds = time.perf_counter() - start
         answer.result()
         return seconds

@@ -41,15 +41,16 @@ class _Message:
 
     name: str
     answers: "dict[Server, Future[Answer]]"
-    broadcast: dist.Work
+    broadcast: "Future[dist.Work]"
 
     def is_broken(self) -> bool:
         """Whether this end of the broadcast has failed."""
-        end = self.broadcast.get_future()
-        if not end.done():
+        if not self.broadcast.done():
             return False
         try:
-            end.value()
+            end = self.broadcast.result().get_future()
+            if end.done():
+                end.value()
         except RuntimeError:
             return True
         return False
@@ -186,7 +187,7 @@ class Sender:
         while waiting and not any(map(failed, answers)) and not message.is_broken():
             waiting = wait(answers, timeout=_POLL_S, return_when=FIRST_EXCEPTION).not_done
         if not waiting and not any(map(failed, answers)):
-            message.broadcast.wait()
+            message.broadcast.result().wait()
             return True
         # First let everyone go who hangs in this broadcast: kill who is silent, then close this end. Whoever still
         # waits for it answers that the broadcast failed.
@@ -195,9 +196,9 @@ class Sender:
                 server.kill()
         self._group.abort()
         try:
-            message.broadcast.wait()
-        except RuntimeError as broken:
-            log.warning("%s: %s", message.name, broken)
+            message.broadcast.result(_RELEASE_S).wait()
+        except (RuntimeError, TimeoutError) as broken:
+            log.warning("%s: %r", message.name, broken)
         self._group.close()
         faults = {server: error for server, answer in message.answers.items() if (error := fault(answer))}
         victims = {s for s, e in faults.items() if isinstance(e, ServerRefused) and _RECEIVE_FAILED in e.text}

@@ -5,6 +5,8 @@ a default group that servers cannot join. The same helper makes this end: both m
 """
 
 import socket
+import threading
+from concurrent.futures import Future
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -41,6 +43,7 @@ class UpdateGroup:
             master_listen_fd=listener.detach(),
         )
         self._group: dist.ProcessGroup | None = None
+        self._begun: Future[dist.Work] | None = None
 
     def everyone_waits(self) -> bool:
         """Whether all others are at the meeting point, for a backend (gloo) with which they wait there."""
@@ -64,11 +67,24 @@ class UpdateGroup:
         _world.pg_group_ranks[group] = {rank: rank for rank in range(self.world_size)}
         self._group = group
 
-    def broadcast(self, data: Tensor) -> dist.Work:
-        """Begin to send ``data`` to everyone."""
-        work = dist.broadcast(data, src=0, group=self._group, async_op=True)
-        assert work is not None  # None is for ranks outside the group
-        return work
+    def broadcast(self, data: Tensor) -> "Future[dist.Work]":
+        """Begin to send ``data`` to everyone.
+
+        In a thread of its own: NCCL makes its communicator in the first broadcast, and does not return, whatever the
+        timeout, before every rank has come there. The caller can watch meanwhile.
+        """
+        self._begun = begun = Future[dist.Work]()
+
+        def begin() -> None:
+            try:
+                work = dist.broadcast(data, src=0, group=self._group, async_op=True)
+                assert work is not None  # None is for ranks outside the group
+                begun.set_result(work)
+            except RuntimeError as error:
+                begun.set_exception(error)
+
+        threading.Thread(target=begin, name=f"broadcast in {self.name}", daemon=True).start()
+        return begun
 
     def abort(self) -> None:
         """Give up collectives under way, where the backend can; gloo's end with a connection or at their timeout."""
@@ -76,8 +92,9 @@ class UpdateGroup:
             self._group.abort()
 
     def close(self) -> None:
-        """Leave: whoever still waits for this rank is released. No collective may be under way."""
-        if self._group is not None:
+        """Leave: whoever still waits for this rank is released. No collective may be under way, but for one that does
+        not even begin: nothing stops NCCL there, so it is left to itself."""
+        if self._group is not None and (self._begun is None or self._begun.done()):
             dist.destroy_process_group(self._group)
         self._group = self._store = None
 

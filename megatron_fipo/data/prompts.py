@@ -68,8 +68,9 @@ def read_prompts(
             prompts.append(distinct[content])
     if not prompts:
         raise UserError(f"no prompt in {', '.join(paths)}: give at least one row")
-    for flag, key in () if keys_may_be_absent else unseen.items():
-        raise UserError(f"{flag} {key!r} is in no row of {', '.join(paths)}; check its spelling")
+    for flag, key in unseen.items():
+        if not keys_may_be_absent:
+            raise UserError(f"{flag} {key!r} is in no row of {', '.join(paths)}; check its spelling")
     return prompts
 
 

@@ -5,6 +5,7 @@ namespace megatron_fipo {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kVectorRegisters = 32;
 constexpr bool kMasksAreFree = true;   // no second code path for registers that are all response
 using Vector = __m512;
 using Mask = __mmask16;
@@ -79,6 +80,22 @@ template <bool Reverse>
 inline Vector scan_register(const float* p, const Vector* power) {
   const Vector by_one = Reverse ? _mm512_maskz_loadu_ps(0x7fff, p + 1) : _mm512_maskz_loadu_ps(0xfffe, p - 1);
   return scan_rest<Reverse>(load(p), by_one, power);
+}
+
+// In each quarter of four registers: lane j of register i becomes lane i of register j.
+inline void transpose(Vector (&r)[4]) {
+  const auto pairs = [](Vector v) { return _mm512_castps_pd(v); };
+  const __m512d low01 = pairs(_mm512_unpacklo_ps(r[0], r[1])), low23 = pairs(_mm512_unpacklo_ps(r[2], r[3]));
+  const __m512d high01 = pairs(_mm512_unpackhi_ps(r[0], r[1])), high23 = pairs(_mm512_unpackhi_ps(r[2], r[3]));
+  r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+  r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+  r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+  r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+}
+// Lane i is lane from[i] of v, 0 where from[i] is negative.
+inline Vector permuted(Vector v, const int32_t* from) {
+  const __m512i index = _mm512_load_si512(from);
+  return _mm512_maskz_permutexvar_ps(_mm512_cmpge_epi32_mask(index, _mm512_setzero_si512()), index, v);
 }
 
 // 2^(n / 16) for the integer n in the low bits of `shifted` (exponential() in kernels_loss.inc).

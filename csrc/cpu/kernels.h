@@ -18,7 +18,7 @@ constexpr int kChunkTokens = 256;   // that the loss takes at once
 struct Discount {
   explicit Discount(double gamma) : gamma(gamma) {
     power[0] = 1.0;
-    for (int k = 1; k <= kMaxLanes; ++k) power[k] = power[k - 1] * gamma;
+    for (int k = 1; k <= 4 * kMaxLanes; ++k) power[k] = power[k - 1] * gamma;
     for (int k = 0; k < kMaxLanes; ++k) {
       descending[k] = static_cast<float>(power[kMaxLanes - k]);
       ascending[kMaxLanes + k] = static_cast<float>(power[k + 1]);
@@ -30,7 +30,7 @@ struct Discount {
     }
   }
   double gamma;
-  double power[kMaxLanes + 1];
+  double power[4 * kMaxLanes + 1];
   alignas(64) float descending[2 * kMaxLanes] = {};   // gamma^(16 - k), 0 from k = 16 on
   alignas(64) float ascending[2 * kMaxLanes] = {};    // gamma^(k - 15), 0 below k = 16
   alignas(64) float chunk[kChunkTokens];              // gamma^(kChunkTokens - k)

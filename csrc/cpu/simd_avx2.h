@@ -5,6 +5,7 @@ namespace megatron_fipo {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kVectorRegisters = 16;
 using Vector = __m256;
 struct Mask {
   __m256 bits;
@@ -106,6 +107,22 @@ inline Vector window_sum(Vector v, Vector* behind, const Vector* power) {
   const Vector eight = fma(power[2], middle(four, behind[2]), four);
   behind[0] = v, behind[1] = two, behind[2] = four;
   return eight;
+}
+
+// In each half of four registers: lane j of register i becomes lane i of register j.
+inline void transpose(Vector (&r)[4]) {
+  const auto pairs = [](Vector v) { return _mm256_castps_pd(v); };
+  const __m256d low01 = pairs(_mm256_unpacklo_ps(r[0], r[1])), low23 = pairs(_mm256_unpacklo_ps(r[2], r[3]));
+  const __m256d high01 = pairs(_mm256_unpackhi_ps(r[0], r[1])), high23 = pairs(_mm256_unpackhi_ps(r[2], r[3]));
+  r[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+  r[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+  r[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+  r[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+}
+// Lane i is lane from[i] of v, 0 where from[i] is negative.
+inline Vector permuted(Vector v, const int32_t* from) {
+  const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(v, index), _mm256_setzero_ps(), _mm256_castsi256_ps(index));
 }
 
 // 2^(n / 8) for the integer n in the low bits of `shifted` (exponential() in kernels_loss.inc).

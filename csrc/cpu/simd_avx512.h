@@ -5,6 +5,7 @@ namespace megatron_fipo {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kVectorRegisters = 32;
 using Vector = __m512;
 using Mask = __mmask16;
 
@@ -99,6 +100,22 @@ inline Vector window_sum(Vector v, Vector* behind, const Vector* power) {
   const Vector sixteen = fma(power[3], joined<8>(eight, behind[3]), eight);
   behind[0] = v, behind[1] = two, behind[2] = four, behind[3] = eight;
   return sixteen;
+}
+
+// In each quarter of four registers: lane j of register i becomes lane i of register j.
+inline void transpose(Vector (&r)[4]) {
+  const auto pairs = [](Vector v) { return _mm512_castps_pd(v); };
+  const __m512d low01 = pairs(_mm512_unpacklo_ps(r[0], r[1])), low23 = pairs(_mm512_unpacklo_ps(r[2], r[3]));
+  const __m512d high01 = pairs(_mm512_unpackhi_ps(r[0], r[1])), high23 = pairs(_mm512_unpackhi_ps(r[2], r[3]));
+  r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+  r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+  r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+  r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+}
+// Lane i is lane from[i] of v, 0 where from[i] is negative.
+inline Vector permuted(Vector v, const int32_t* from) {
+  const __m512i index = _mm512_load_si512(from);
+  return _mm512_maskz_permutexvar_ps(_mm512_cmpge_epi32_mask(index, _mm512_setzero_si512()), index, v);
 }
 
 // 2^(n / 16) for the integer n in the low bits of `shifted` (exponential() in kernels_loss.inc).

@@ -6,6 +6,7 @@ namespace megatron_fipo {
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kVectorRegisters = 16;
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(float))));   // -1 or 0 in each lane
 
@@ -92,6 +93,23 @@ inline Vector window_sum(Vector v, Vector* behind, const Vector* power) {
   const Vector four = fma(power[1], Vector{two[2], two[3], behind[1][0], behind[1][1]}, two);
   behind[0] = v, behind[1] = two;
   return four;
+}
+
+// Lane j of register i becomes lane i of register j.
+inline void transpose(Vector (&r)[4]) {
+  const Vector low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+  const Vector high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  r[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+  r[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+  r[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+  r[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+}
+// Lane i is lane from[i] of v, 0 where from[i] is negative.
+inline Vector permuted(Vector v, const int32_t* from) {
+  Mask index;
+  std::memcpy(&index, from, sizeof(index));
+  const Vector moved = {v[from[0] & 3], v[from[1] & 3], v[from[2] & 3], v[from[3] & 3]};
+  return masked(index >= 0, moved);
 }
 
 constexpr int kExpBits = 0;   // exponential() in kernels_loss.inc uses no table

@@ -12,7 +12,7 @@
 namespace megatron_fipo {
 
 constexpr int kMaxLanes = 16;       // floats of the widest register
-constexpr int kChunkTokens = 256;   // that the loss takes at once
+constexpr int kChunkTokens = 512;   // that the loss takes at once
 
 // Powers of gamma, taken in double and rounded once.
 struct Discount {

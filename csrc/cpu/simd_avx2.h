@@ -48,15 +48,9 @@ inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }
 inline Mask without(Mask a, Mask b) { return {_mm256_andnot_ps(b.bits, a.bits)}; }
 
 inline int64_t number(Mask m) { return __builtin_popcount(_mm256_movemask_ps(m.bits)); }
-using Count = __m256i;   // of each lane
-inline void count(Count& total, Mask m) { total = _mm256_sub_epi32(total, _mm256_castps_si256(m.bits)); }
-inline int64_t lane_total(Count total) {
-  int32_t lane[kLanes];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lane), total);
-  int64_t all = 0;
-  for (int32_t n : lane) all += n;
-  return all;
-}
+using Count = int64_t;   // of all lanes: outside the vector units
+inline void count(Count& total, Mask m) { total += number(m); }
+inline int64_t lane_total(Count total) { return total; }
 
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 // A NaN in the second argument is returned.

@@ -112,9 +112,9 @@ class LossStatistics:
         """
         sums, minima, maxima = token_statistics_K.split([len(TOKEN_SUMS), len(EXTREMA), len(EXTREMA)])
         reference_kl = torch.zeros_like(normalizer) if reference_kl is None else reference_kl
-        advantage_T = ratios.advantage_T.double()
-        weighted_T = advantage_T if weight_T is None else advantage_T * weight_T
-        beside = (normalizer, loss_sum, reference_kl, advantage_T.sum(), weighted_T.sum())
+        weighted_T = ratios.advantage_T if weight_T is None else ratios.advantage_T * weight_T
+        advantage, weighted = (values_T.sum(dtype=torch.float64) for values_T in (ratios.advantage_T, weighted_T))
+        beside = (normalizer, loss_sum, reference_kl, advantage, weighted)
         return cls(
             sums=torch.cat([sums, torch.stack([value.double() for value in beside])]),
             minima=minima.clone(),

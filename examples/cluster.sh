@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sourced by the training scripts beside it: `launch -m MODULE ...` starts a module once per GPU of this node, at the
-# place in the cluster that the environment says. Start a script on every node, all variables alike but NODE_RANK.
+# Sourced by the training scripts beside it: `train FLAGS` starts training with a recipe's flags once per GPU of this node,
+# at the place in the cluster that the environment says. Start a script on every node, all variables alike but NODE_RANK.
 #
+#   HF_MODEL, PROMPT_DATA, EVAL_DATA, ROLLOUT_ENGINE, SGLANG_URLS, RUN_NAME, RUNS_DIR   what to train (docs/launching.md)
 #   NNODES         nodes (the script's own default)
 #   NODE_RANK      this node, 0 .. NNODES - 1 (0)
 #   MASTER_ADDR    address of node 0, required for more than one node
@@ -37,4 +38,22 @@ launch() { # launch ARGUMENTS: replaces the shell, so that a signal to the scrip
     fi
     exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE" \
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$MASTER_PORT" --rdzv-conf "timeout=$JOIN_TIMEOUT" "$@"
+}
+
+train() { # train FLAGS: megatron_fipo.train with a recipe's flags and what the environment says
+    # The recipe sets ROLLOUT_ENGINE and RUN_NAME, and in EMBEDDED what its rollouts take in the embedded engine alone.
+    local data=(--prompt-data "$PROMPT_DATA") rollout=(--rollout-engine "$ROLLOUT_ENGINE") sets servers
+    if [[ -n ${EVAL_DATA:-} ]]; then # NAME:PATH:N, or several of them with spaces between
+        read -ra sets <<<"$EVAL_DATA"
+        data+=(--eval-data "${sets[@]}")
+    fi
+    if [[ $ROLLOUT_ENGINE == embedded ]]; then
+        rollout+=("${EMBEDDED[@]}")
+    else
+        require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"
+        read -ra servers <<<"$SGLANG_URLS"
+        rollout+=(--sglang-url "${servers[@]}")
+    fi
+    launch -m megatron_fipo.train --hf-model "$HF_MODEL" "${data[@]}" "${rollout[@]}" \
+        --run-name "$RUN_NAME" --runs-dir "${RUNS_DIR:-runs}" "$@"
 }

@@ -15,8 +15,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 require HF_MODEL "the Hugging Face folder of Qwen2.5-Math-7B (config.json, safetensors, tokenizer)"
 require PROMPT_DATA "a JSONL file of prompts with answers (docs/training.md)"
 
-MODEL=(--hf-model "$HF_MODEL" --bf16)
-
 PARALLEL=(
     --tensor-model-parallel-size 2 # weights and fp32 gradients take 22.8 of 80 GB; more would only add communication
     --sequence-parallel
@@ -37,30 +35,13 @@ ALGORITHM=(
     --max-tokens-per-microbatch 32768 # more than two longest sequences, so that packs can be levelled
 )
 
-DATA=(--prompt-data "$PROMPT_DATA" --max-prompt-tokens 2048)
-if [[ -n ${EVAL_DATA:-} ]]; then # NAME:PATH:N, or several of them with spaces between
-    read -ra EVAL_SETS <<<"$EVAL_DATA"
-    DATA+=(--eval-data "${EVAL_SETS[@]}" --eval-top-p 0.7)
-fi
-
+LENGTHS=(--max-prompt-tokens 2048 --rollout-max-tokens 10240)
+SAMPLING=(--rollout-temperature 1.0 --eval-top-p 0.7)
 ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-embedded}
-ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 10240 --rollout-temperature 1.0)
-if [[ $ROLLOUT_ENGINE == embedded ]]; then
-    ROLLOUT+=(--rollout-max-running 96) # 12,288 tokens x 28 KiB of keys and values: 34 GB a GPU at the most
-else
-    require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"
-    read -ra SERVERS <<<"$SGLANG_URLS"
-    ROLLOUT+=(--sglang-url "${SERVERS[@]}")
-fi
+EMBEDDED=(--rollout-max-running 96) # 12,288 tokens x 28 KiB of keys and values: 34 GB a GPU at the most
 
-OPTIMIZER=(--lr 1e-6 --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0)
-
+OPTIMIZER=(--bf16 --lr 1e-6 --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0)
+SAVING=(--save-interval 5 --keep-last 2) # weights and optimizer: 107 GB a checkpoint
 RUN_NAME=${RUN_NAME:-fipo-qwen2.5-math-7b}
-RUNS_DIR=${RUNS_DIR:-runs} # on a file system that all nodes share
-OUTPUT=(
-    --run-name "$RUN_NAME" --runs-dir "$RUNS_DIR"
-    --save-interval 5 --keep-last 2 # weights and optimizer: 107 GB a checkpoint
-)
 
-launch -m megatron_fipo.train "${MODEL[@]}" "${PARALLEL[@]}" "${ALGORITHM[@]}" "${DATA[@]}" "${ROLLOUT[@]}" \
-    "${OPTIMIZER[@]}" "${OUTPUT[@]}" "$@"
+train "${PARALLEL[@]}" "${ALGORITHM[@]}" "${LENGTHS[@]}" "${SAMPLING[@]}" "${OPTIMIZER[@]}" "${SAVING[@]}" "$@"

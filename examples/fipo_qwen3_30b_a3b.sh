@@ -16,8 +16,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 require HF_MODEL "the Hugging Face folder of Qwen3-30B-A3B-Base (config.json, safetensors, tokenizer)"
 require PROMPT_DATA "a JSONL file of prompts with answers (docs/training.md)"
 
-MODEL=(--hf-model "$HF_MODEL" --bf16)
-
 PARALLEL=(
     --tensor-model-parallel-size 4   # attention and embeddings: one of 4 KV heads a GPU
     --sequence-parallel
@@ -40,30 +38,13 @@ ALGORITHM=(
     --max-tokens-per-microbatch 32768 # more than one longest sequence, so that packs can be levelled
 )
 
-DATA=(--prompt-data "$PROMPT_DATA" --max-prompt-tokens 2048)
-if [[ -n ${EVAL_DATA:-} ]]; then # NAME:PATH:N, or several of them with spaces between
-    read -ra EVAL_SETS <<<"$EVAL_DATA"
-    DATA+=(--eval-data "${EVAL_SETS[@]}" --eval-top-p 0.7)
-fi
-
+LENGTHS=(--max-prompt-tokens 2048 --rollout-max-tokens 16384)
+SAMPLING=(--rollout-temperature 1.0 --eval-top-p 0.7)
 ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-sglang} # embedded: on the trainer's nodes (docs/launching.md)
-ROLLOUT=(--rollout-engine "$ROLLOUT_ENGINE" --rollout-max-tokens 16384 --rollout-temperature 1.0)
-if [[ $ROLLOUT_ENGINE == embedded ]]; then
-    ROLLOUT+=(--rollout-max-running 64) # 18,432 tokens x 24 KiB of keys and values: 29 GB a GPU at the most
-else
-    require SGLANG_URLS "the running SGLang servers, http://HOST:PORT with spaces between (docs/engines.md)"
-    read -ra SERVERS <<<"$SGLANG_URLS"
-    ROLLOUT+=(--sglang-url "${SERVERS[@]}")
-fi
+EMBEDDED=(--rollout-max-running 64) # 18,432 tokens x 24 KiB of keys and values: 29 GB a GPU at the most
 
-OPTIMIZER=(--lr 1e-6 --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0)
-
+OPTIMIZER=(--bf16 --lr 1e-6 --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0)
+SAVING=(--save-interval 5 --keep-last 2) # weights and optimizer: 427 GB a checkpoint
 RUN_NAME=${RUN_NAME:-fipo-qwen3-30b-a3b}
-RUNS_DIR=${RUNS_DIR:-runs} # on a file system that all nodes share
-OUTPUT=(
-    --run-name "$RUN_NAME" --runs-dir "$RUNS_DIR"
-    --save-interval 5 --keep-last 2 # weights and optimizer: 427 GB a checkpoint
-)
 
-launch -m megatron_fipo.train "${MODEL[@]}" "${PARALLEL[@]}" "${ALGORITHM[@]}" "${DATA[@]}" "${ROLLOUT[@]}" \
-    "${OPTIMIZER[@]}" "${OUTPUT[@]}" "$@"
+train "${PARALLEL[@]}" "${ALGORITHM[@]}" "${LENGTHS[@]}" "${SAMPLING[@]}" "${OPTIMIZER[@]}" "${SAVING[@]}" "$@"

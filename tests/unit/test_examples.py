@@ -254,7 +254,7 @@ SLURM = {
         [[ $1 == /* ]] || set -- "$ROOT/$1" "${@:2}" # the repository is elsewhere here
         SLURM_NODEID=1 setsid "$@" & task=$!
         trap 'kill -USR1 $task' USR1
-        trap 'pkill -KILL --session $task' TERM HUP QUIT
+        trap 'pkill -KILL --session $task; pkill -KILL --full "$PWD/rank.py"' TERM HUP QUIT
         while wait $task; code=$?; kill -0 $task 2>/dev/null; do :; done
         exit $code""",
 }

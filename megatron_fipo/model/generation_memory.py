@@ -30,7 +30,7 @@ def row_bytes(
         prompt, tokens: tokens of the prompt, and of prompt and response.
         activations: elements of a layer's activations for one token of a prompt, those alive at once.
     """
-    # KVCache grows and shrinks layer by layer: one layer's keys and values exist twice meanwhile, a part of them thrice.
+    # KVCache grows and shrinks layer by layer: meanwhile one layer's exist twice, a part of them three times.
     copied = layers + 2
     at_end = kv_bytes(copied, kv_heads, head_dim, tokens, itemsize) + SAMPLING * vocab_size
     room = min(2 * prompt, tokens)  # KVCache's for a prompt

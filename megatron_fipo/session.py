@@ -219,7 +219,8 @@ def open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], 
     """The engine that --rollout-engine names; collective over all ranks."""
     if args.rollout_engine == "embedded":
         engine = EmbeddedEngine(chunks, args.vocab_size, args.rollout_max_running, pad_id=0)
-        engine.check_memory(args.max_prompt_tokens, args.seq_length)
+        if not args.train_from_rollouts:
+            engine.check_memory(args.max_prompt_tokens, args.seq_length)
         return engine
     # Imported here: the embedded engine does without.
     from megatron_fipo.rollout.sglang import factory

@@ -3,9 +3,9 @@
 import torch
 
 SPARE = 0.1  # of the free memory: fragments, workspaces, and what is not counted here
-# Bytes of a row's logits for each token of the vocabulary, in a step that samples with top-p: as they come, in fp32,
-# log-probs, probabilities; these sorted, their tokens (int64), sums and the cut; fp64 sums; the sort's own copies.
-SAMPLING = 52
+# Bytes a row for each token of the vocabulary, in a step that samples with top-p: logits as they come and in fp32,
+# log-probs, probabilities; these sorted, their tokens (int64), their sums, the cut; its sums in fp64.
+SAMPLING = 2 + 4 + 4 + 4 + 4 + 8 + 4 + 4 + 8
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, tokens: int, itemsize: int = 2) -> int:
@@ -30,7 +30,7 @@ def row_bytes(
         prompt, tokens: tokens of the prompt, and of prompt and response.
         activations: elements of a layer's activations for one token of a prompt, those alive at once.
     """
-    # KVCache grows layer by layer: keys, values and a part of them exist twice for as long as one layer takes.
+    # KVCache grows and shrinks layer by layer: meanwhile one layer's exist twice, a part of them three times.
     copied = layers + 2
     at_end = kv_bytes(copied, kv_heads, head_dim, tokens, itemsize) + SAMPLING * vocab_size
     room = min(2 * prompt, tokens)  # KVCache's for a prompt

@@ -16,12 +16,12 @@ def test_by_hand():
     assert kv_bytes(64, 1, 128, 1) == 64 * 2 * 128 * 2 == 32 * 1024
     model = {"vocab_size": 152_064, "activations": 4 * 5_120 + 4 * 3_456}
     row = row_bytes(64, 1, 128, 2_048, 22_528, **model)
-    assert row == 66 * 512 * 22_528 + 52 * 152_064 == 769_173_504
+    assert row == 66 * 512 * 22_528 + 42 * 152_064 == 767_652_864
     # 40 GB of an H100 are 52 such rows
     assert 40_000_000_000 // row == 52
     # a long prompt with a short answer takes the most while it is read
     assert row_bytes(64, 1, 128, 20_000, 20_100, **model) == 66 * 512 * 20_100 + 20_000 * 34_304 * 2
-    assert row_bytes(64, 1, 128, 2_048, 22_528, **model, itemsize=4) == 66 * 1_024 * 22_528 + 52 * 152_064
+    assert row_bytes(64, 1, 128, 2_048, 22_528, **model, itemsize=4) == 66 * 1_024 * 22_528 + 42 * 152_064
 
 
 def test_a_cpu_has_no_limit():

@@ -55,10 +55,8 @@ def discounted_scan(
     Differentiable in x_T and carry; with `out` nothing may require a gradient.
     Raises ValueError, naming the argument, for wrong dtypes, shapes or a cu_seqlens that is not ascending from 0.
     """
-    if x_T.dtype not in (torch.float32, torch.float64) or x_T.dim() != 1:
-        raise ValueError(f"x must be float32 or float64 of shape [T], not {x_T.dtype} {list(x_T.shape)}")
-    check_cu_seqlens(cu_seqlens_S1)
     if carry is not None:
+        check_cu_seqlens(cu_seqlens_S1)
         if carry.shape != (cu_seqlens_S1.shape[0] - 1,) or not carry.dtype.is_floating_point:
             raise ValueError(
                 f"carry must be a float tensor of shape [{cu_seqlens_S1.shape[0] - 1}], "
@@ -66,18 +64,25 @@ def discounted_scan(
             )
         carry = carry.double().contiguous()
     x_T, cu_seqlens_S1 = x_T.contiguous(), cu_seqlens_S1.contiguous()
-    if out is not None:
-        if out.dtype != x_T.dtype or out.shape != x_T.shape or not out.is_contiguous():
-            raise ValueError(
-                f"out must be contiguous, {x_T.dtype} {list(x_T.shape)}, not {out.dtype} {list(out.shape)}"
-            )
-        if torch.is_grad_enabled() and (x_T.requires_grad or (carry is not None and carry.requires_grad)):
-            raise ValueError("out cannot be combined with a gradient: detach x and carry, or leave out away")
+    differentiable = x_T.requires_grad or (carry is not None and carry.requires_grad)
+    if out is not None and differentiable and torch.is_grad_enabled():
+        raise ValueError("out cannot be combined with a gradient: detach x and carry, or leave out away")
     try:
         if out is None:
             return operators.discounted_scan(x_T, cu_seqlens_S1, gamma, reverse, carry)
         operators.discounted_scan_out(x_T, cu_seqlens_S1, gamma, reverse, carry, out)
         return out
     except RuntimeError:
-        check_offsets(cu_seqlens_S1, x_T.shape[0])  # says it as ValueError if that is what the operator refused
+        # the operators refuse all of this on their own, so that a call in cache does not pay for the checks twice
+        _check_arguments(x_T, cu_seqlens_S1, out)
         raise
+
+
+def _check_arguments(x_T: Tensor, cu_seqlens_S1: Tensor, out: Tensor | None) -> None:
+    """Raises the ValueError that names what an operator has refused."""
+    if x_T.dtype not in (torch.float32, torch.float64) or x_T.dim() != 1:
+        raise ValueError(f"x must be float32 or float64 of shape [T], not {x_T.dtype} {list(x_T.shape)}")
+    check_cu_seqlens(cu_seqlens_S1)
+    check_offsets(cu_seqlens_S1, x_T.shape[0])
+    if out is not None and (out.dtype != x_T.dtype or out.shape != x_T.shape or not out.is_contiguous()):
+        raise ValueError(f"out must be contiguous, {x_T.dtype} {list(x_T.shape)}, not {out.dtype} {list(out.shape)}")

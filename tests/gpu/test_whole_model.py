@@ -104,7 +104,7 @@ def test_a_step_is_that_of_the_cpu_up_to_the_rounding_of_bf16(folder, family, la
     first, *later = on_gpu["updates"]
     if is_exact(family, layers):
         assert first["fipo/active_fraction"] == 0 == first["actor/ppo_kl"], "old log-probs are not the first update's"
-    assert all(update["fipo/active_fraction"] > 0.2 for update in later)
+    assert all(update["fipo/active_fraction"] > 0.1 for update in later)
     assert on_gpu["actor/entropy"] == pytest.approx(on_cpu["actor/entropy"], rel=1e-2)
     for update, expected in zip(on_gpu["updates"], on_cpu["updates"], strict=True):
         for key in ("actor/pg_loss", "actor/grad_norm", "actor/influence_weights_mean"):

@@ -97,8 +97,10 @@ inline Vector window_sum(Vector v, Vector* behind, const Vector* power) {
 
 // Lane j of register i becomes lane i of register j.
 inline void transpose(Vector (&r)[4]) {
-  const Vector low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-  const Vector high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  const Vector low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+  const Vector low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+  const Vector high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+  const Vector high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
   r[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
   r[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
   r[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);

@@ -95,16 +95,22 @@ inline Vector window_sum(Vector v, Vector* behind, const Vector* power) {
   return four;
 }
 
+template <int... From>   // lanes of a, then of b
+inline Vector shuffled(Vector a, Vector b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, From...);
+#else   // which has the other builtin only since version 12
+  return __builtin_shuffle(a, b, Mask{From...});
+#endif
+}
 // Lane j of register i becomes lane i of register j.
 inline void transpose(Vector (&r)[4]) {
-  const Vector low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-  const Vector low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-  const Vector high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-  const Vector high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  r[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
-  r[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-  r[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
-  r[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+  const Vector low01 = shuffled<0, 4, 1, 5>(r[0], r[1]), low23 = shuffled<0, 4, 1, 5>(r[2], r[3]);
+  const Vector high01 = shuffled<2, 6, 3, 7>(r[0], r[1]), high23 = shuffled<2, 6, 3, 7>(r[2], r[3]);
+  r[0] = shuffled<0, 1, 4, 5>(low01, low23);
+  r[1] = shuffled<2, 3, 6, 7>(low01, low23);
+  r[2] = shuffled<0, 1, 4, 5>(high01, high23);
+  r[3] = shuffled<2, 3, 6, 7>(high01, high23);
 }
 // Lane i is lane from[i] of v, 0 where from[i] is negative.
 inline Vector permuted(Vector v, const int32_t* from) {

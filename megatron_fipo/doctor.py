@@ -152,9 +152,8 @@ def _sglang(torch: ModuleType) -> Check:
 
     if version == "unknown version" or Version(version) < Version(OLDEST_VERSION):
         return Check(section, "sglang", "warning", f"{version}, refused: it has published holes", SGLANG.fix)
-    for module in ("aiohttp", *(("sgl_kernel",) if torch.cuda.is_available() else ())):
-        if find_spec(module) is None:
-            return Check(section, "sglang", "warning", f"{version}, but {module} is missing", SGLANG.fix)
+    if torch.cuda.is_available() and find_spec("sgl_kernel") is None:
+        return Check(section, "sglang", "warning", f"{version}, but sgl_kernel is missing", SGLANG.fix)
     device = "CUDA" if torch.cuda.is_available() else "the CPU, without SGLang's kernels"
     return Check(section, "sglang", "ok", f"{version}, for --rollout-engine sglang; servers run on {device}")
 

@@ -69,7 +69,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     _check_weights(args, kept)
     eval_sets = []
     for name, path, samples in map(parse_eval_data, args.eval_data):
-        held_out = read_prompts([path], encode, keys, resolve, keys_may_be_absent=True)
+        held_out = read_prompts([path], encode, keys, resolve, keys_may_be_absent=bool(args.prompt_data))
         eval_sets.append(EvaluationSet(name, tuple(drop_long(held_out, args.max_prompt_tokens)), samples))
     leaders = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // model_parallel_size(args))  # on this node
     workers = max(1, len(os.sched_getaffinity(0)) // leaders)

@@ -23,7 +23,7 @@ from megatron_fipo.checkpoint.start import check_same_start
 from megatron_fipo.checkpoint.state import Checkpoints, LoopState
 from megatron_fipo.data.planning import UpdatePlan
 from megatron_fipo.data.prompts import PromptStream
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import SharedUserError, UserError
 from megatron_fipo.evaluation.accuracy import EvaluationSet
 from megatron_fipo.inputs import Inputs
 from megatron_fipo.loss import AdvantageConfig, CorrectionConfig, LossConfig
@@ -41,11 +41,12 @@ from megatron_fipo.parallel.interruption import Interruption
 from megatron_fipo.parallel.replicas import Replicas
 from megatron_fipo.recorder import Recorder
 from megatron_fipo.rewards.answers import Answers
-from megatron_fipo.rollout.collect import CollectSettings, OutOfContrast
+from megatron_fipo.rollout.collect import CollectSettings
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_fipo.rollout.functions import FunctionResponder
 from megatron_fipo.rollout.responder import Responder, SingleTurn
+from megatron_fipo.rollout.sglang import factory
 from megatron_fipo.settings import (
     advantage_config,
     collect_settings,
@@ -159,7 +160,7 @@ def report(error: UserError) -> None:
 
     Before the start every rank of a node finds the same one, and one tells it; later perhaps one rank alone finds it.
     """
-    alone = dist.is_initialized() and not isinstance(error, OutOfContrast)
+    alone = dist.is_initialized() and not isinstance(error, SharedUserError)
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"megatron_fipo: {error}", file=sys.stderr)
 
@@ -222,9 +223,6 @@ def open_engine(args: argparse.Namespace, folder: RunFolder, chunks: list[Any], 
         if not args.train_from_rollouts:
             engine.check_memory(args.max_prompt_tokens, args.seq_length)
         return engine
-    # Imported here: the embedded engine does without.
-    from megatron_fipo.rollout.sglang import factory
-
     fleet = factory.open_fleet(args, folder.path / "sglang")
     return factory.open_engine(args, fleet, factory.open_weight_sync(args, chunks, fleet), replicas)
 

@@ -180,6 +180,8 @@ def _check_save_hf(args: argparse.Namespace) -> None:
     out = Path(args.save_hf).resolve()
     if out == Path(args.hf_model).resolve():
         raise UserError(f"--save-hf {args.save_hf} is the model that training starts from; give another folder")
+    if args.reference_model and out == Path(args.reference_model).resolve():
+        raise UserError(f"--save-hf {args.save_hf} is --reference-model, which a resumed run reads again; give another")
     if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--save-hf {args.save_hf} exists and is no Hugging Face folder; give a new or an empty folder")
 
@@ -330,9 +332,8 @@ def _check_engine(args: argparse.Namespace) -> None:
 
 def _check_window(args: argparse.Namespace) -> None:
     """A server refuses a request that may exceed the window of its config.json; the trainer's grows by itself."""
-    window, needed = read_hf_config(args.hf_model)["max_position_embeddings"], args.max_prompt_tokens
-    needed += args.rollout_max_tokens
-    if needed > window and "--context-length" not in args.sglang_flags:
+    window = read_hf_config(args.hf_model)["max_position_embeddings"]
+    if args.max_prompt_tokens + args.rollout_max_tokens > window:
         raise UserError(
             f"--max-prompt-tokens {args.max_prompt_tokens} and --rollout-max-tokens {args.rollout_max_tokens} exceed "
             f"max_position_embeddings {window} of {args.hf_model}/config.json, which bounds SGLang's requests; raise "

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What train.sbatch starts on each node: `node.sh SCRIPT [FLAGS]`. Slurm's USR1 (the time is up) or TERM (scancel,
-# preemption) goes on to the ranks alone, which save and end. torchrun, which would kill ranks that have not saved
-# within 30 s, does not see it.
+# What train.sbatch starts on each node: `node.sh SCRIPT [FLAGS]`. Slurm's USR1 (the time is up), or a TERM to this
+# process alone, goes on to the ranks, which save and end. torchrun, which would kill ranks that have not saved within
+# 30 s, does not see it.
 set -uo pipefail
 
 trap 'cat "/proc/$TORCHRUN/task/"*/children | xargs --no-run-if-empty kill -USR1' USR1 TERM

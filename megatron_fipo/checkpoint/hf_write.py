@@ -70,6 +70,8 @@ def write_hf_folder(
     """
     source, out = Path(hf_source_dir), Path(out_dir)
     partial, replaced = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
+    if replaced.exists() and not out.exists():  # killed between the two renames below
+        replaced.rename(out)
     for folder in (partial, replaced):
         shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_fipo.checkpoint.state import check_loadable, saved_steps
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import SharedUserError, UserError
 from megatron_fipo.observe.run_folder import RunFolder, read_jsonl
 
 
@@ -31,7 +31,7 @@ def check_same_start(runs_dir: str, load: str | None) -> None:
     dist.all_gather_object(starts, load)
     if len(set(starts)) > 1:
         missing = [rank for rank, start in enumerate(starts) if start is None]
-        raise UserError(
+        raise SharedUserError(
             f"--runs-dir {runs_dir} is not the same folder on all nodes: ranks {missing} find no run to continue, the "
             f"others do; give a folder on a file system that all nodes share"
         )

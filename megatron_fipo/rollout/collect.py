@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_fipo.data.prompts import Prompt, PromptStream
 from megatron_fipo.data.samples import Sample
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import SharedUserError
 from megatron_fipo.loss.advantage import overlong_penalty
 from megatron_fipo.parallel.exchange import gather_in_turn
 from megatron_fipo.parallel.replicas import Replicas
@@ -33,7 +33,7 @@ _OVERSAMPLING = 3.0
 """A batch never exceeds this many times the groups still missing (DAPO's gen_batch_size / train_batch_size)."""
 
 
-class OutOfContrast(UserError):
+class OutOfContrast(SharedUserError):
     """The generation batches of a step did not bring enough groups with right and wrong answers."""
 
 

@@ -36,7 +36,7 @@ class EmbeddedEngine:
         Args:
             model_chunks: what Megatron's set-up returned, wrapped or not.
             vocab_size: real vocabulary; the padded rows behind it are never sampled.
-            max_batch: rows that generate together; None: 256, on a GPU as many of these as its memory holds.
+            max_batch: rows that generate together at most; None: 256. On a GPU as many of them as its memory holds.
             pad_id: fills short prompts; any valid token.
 
         Raises:
@@ -67,7 +67,7 @@ class EmbeddedEngine:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         share = _part(order, context.rank(), context.size())
         longest = max(map(len, prompts), default=1)
-        max_batch = self._max_batch or self._rows_at_once(longest, longest + sampling.max_tokens)
+        max_batch = self._rows_at_once(longest, longest + sampling.max_tokens)
         waves = self._model.largest(math.ceil(len(share) / max_batch))
         done: list[Completion] = []
         with self._model.generating():
@@ -120,10 +120,10 @@ class EmbeddedEngine:
     def _rows_at_once(self, prompt: int, tokens: int) -> int:
         """Rows of this length that the ranks generate together: measured anew for each call of `generate`, as the
         optimizer's moments, say, come with the first update."""
-        free = free_memory(self._model.device)
+        most, free = self._max_batch or MAX_RUNNING, free_memory(self._model.device)
         if free is None:
-            return MAX_RUNNING
-        return min(MAX_RUNNING, max(1, self._rows_within((1.0 - SPARE) * free, prompt, tokens)))
+            return most
+        return min(most, max(1, self._rows_within((1.0 - SPARE) * free, prompt, tokens)))
 
     def _rows_within(self, memory: float, prompt: int, tokens: int) -> int:
         """Rows that fit into `memory` bytes on every rank, in multiples of what FP8 layers want."""

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("aiohttp", reason="SGLang is not installed: make sglang")
-
 from megatron_fipo.rollout.sglang.buckets import TensorSpec
 from megatron_fipo.rollout.sglang.export import Export
 from megatron_fipo.rollout.sglang.fleet import Fleet

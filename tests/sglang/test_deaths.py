@@ -236,7 +236,6 @@ def test_wrong_keys(servers):
 
 
 def test_nobody_at_an_address():
-    pytest.importorskip("aiohttp")
     from megatron_fipo.rollout.sglang.servers import attach
 
     with socket.socket() as unused:
@@ -246,7 +245,6 @@ def test_nobody_at_an_address():
 
 
 def test_a_reserved_port_goes_to_nobody_else():
-    pytest.importorskip("aiohttp")
     from megatron_fipo.rollout.sglang.servers import _reserve
 
     with _reserve("127.0.0.1", 0) as reserved, socket.socket() as server, socket.socket() as other:

@@ -7,8 +7,6 @@ from fleets import V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("aiohttp", reason="SGLang is not installed: make sglang")
-
 from megatron_fipo.rollout.engine import SamplingParams  # noqa: E402
 from megatron_fipo.rollout.sglang.answer import Answer, Question  # noqa: E402
 from megatron_fipo.rollout.sglang.fleet import Fleet  # noqa: E402

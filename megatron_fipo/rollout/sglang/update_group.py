@@ -76,11 +76,13 @@ class UpdateGroup:
         self._begun = begun = Future[dist.Work]()
 
         def begin() -> None:
+            if data.is_cuda:
+                torch.cuda.set_device(data.device)  # each thread has its own
             try:
                 work = dist.broadcast(data, src=0, group=self._group, async_op=True)
                 assert work is not None  # None is for ranks outside the group
                 begun.set_result(work)
-            except RuntimeError as error:
+            except Exception as error:  # the caller's, who asks for the result
                 begun.set_exception(error)
 
         threading.Thread(target=begin, name=f"broadcast in {self.name}", daemon=True).start()
@@ -94,8 +96,12 @@ class UpdateGroup:
     def close(self) -> None:
         """Leave: whoever still waits for this rank is released. No collective may be under way, but for one that does
         not even begin: nothing stops NCCL there, so it is left to itself."""
-        if self._group is not None and (self._begun is None or self._begun.done()):
-            dist.destroy_process_group(self._group)
+        if self._group is not None:
+            if self._begun is None or self._begun.done():
+                dist.destroy_process_group(self._group)
+            else:  # nor may the end of the run, which shuts down all groups that torch knows, wait for it
+                for table in (_world.pg_map, _world.pg_names, _world.pg_group_ranks):
+                    table.pop(self._group, None)
         self._group = self._store = None
 
 

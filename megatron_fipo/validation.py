@@ -41,17 +41,9 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = ("lr", "lr_warmup_iters", "weight_decay", "clip_grad", "reward_overlong_penalty")
 _SHAPES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-    "num_experts",
-    "moe_ffn_hidden_size",
-)
-
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "num_experts", "moe_ffn_hidden_size",
+)  # fmt: skip
 
 # What a loss reads of --fipo-*; fipo reads them all.
 _FIPO_FLAGS: dict[str, tuple[str, ...]] = {
@@ -178,10 +170,9 @@ def _check_save_hf(args: argparse.Namespace) -> None:
     if not args.save_hf:
         return
     out = Path(args.save_hf).resolve()
-    if out == Path(args.hf_model).resolve():
-        raise UserError(f"--save-hf {args.save_hf} is the model that training starts from; give another folder")
-    if args.reference_model and out == Path(args.reference_model).resolve():
-        raise UserError(f"--save-hf {args.save_hf} is --reference-model, which a resumed run reads again; give another")
+    for flag, folder in (("--hf-model", args.hf_model), ("--reference-model", args.reference_model)):
+        if folder and out == Path(folder).resolve():
+            raise UserError(f"--save-hf {args.save_hf} is {flag}, which a resumed run reads again; give another folder")
     if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--save-hf {args.save_hf} exists and is no Hugging Face folder; give a new or an empty folder")
 

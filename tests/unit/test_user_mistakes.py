@@ -72,7 +72,7 @@ FLAGS = [
     ("--tensor-model-parallel-size 3", "attention heads"),
     ("--load nowhere", "nowhere holds no whole checkpoint"),
     ("--load . --finetune", "no Megatron checkpoint"),
-    ("--save-hf model", "is the model that training starts from"),
+    ("--save-hf model", "is --hf-model, which a resumed run reads again"),
     ("--run-name a/b", "--run-name"),
     ("--train-from-rollouts nowhere", "holds no rollouts"),
     ("--train-from-rollouts folder", "holds no rollouts"),

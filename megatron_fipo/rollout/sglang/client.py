@@ -144,7 +144,7 @@ class _Batch:
                 failure = error
             if isinstance(failure, ServerRefused) and failure.status in (400, 404, 413, 422):
                 raise RolloutFailed(f"{server} refuses a request as wrong in itself: {failure}") from failure
-            self._faults[_KIND[type(failure)]] += 1
+            self._faults[next(kind for fault, kind in _KIND.items() if isinstance(failure, fault))] += 1
             self.health.failed(server, failure)
             if not self._fleet.serves(server, self._version):
                 avoid = None  # condemned: it was not the question's fault, and others can be asked at once

@@ -10,7 +10,7 @@ A server with requests that has sent nothing for `Deadlines.stall_s` is asked fo
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass
 
 import aiohttp
@@ -33,6 +33,10 @@ class Deadlines:
 
 
 DEFAULT_DEADLINES = Deadlines()
+
+
+class GivenUp(ServerLost):
+    """The watch has ended a request."""
 
 
 class Request:
@@ -84,16 +88,15 @@ class Health:
         try:
             yield request
         except TimeoutError as error:
-            raise ServerLost(
-                f"{server}: given up after {time.monotonic() - state.last_sign:.1f} s of silence"
-            ) from error
+            silence = time.monotonic() - state.last_sign
+            raise GivenUp(f"{server}: given up after {silence:.1f} s of silence") from error
         finally:
             state.requests.discard(request)
 
     def failed(self, server: Server, error: Exception) -> None:
         """An answer did not come or was bad."""
         state = self._states[server]
-        state.strikes += 1
+        state.strikes += not isinstance(error, GivenUp)  # these count together, as the one incident that they are
         cause = error.__cause__
         if not server.alive():
             self._condemn(server, f"its process ended ({error})")
@@ -130,7 +133,7 @@ class Health:
                     state.probe = asyncio.create_task(self._examine(server, state))
 
     async def _examine(self, server: Server, state: _State) -> None:
-        silent_since = state.last_sign
+        silent_since, suspects = state.last_sign, set(state.requests)
         try:
             await server.get("/health_generate", self._deadlines.probe_s)
             loads = (await server.get("/v1/loads", self._deadlines.probe_s))["loads"]
@@ -139,10 +142,13 @@ class Health:
             if state.last_sign == silent_since:
                 self._condemn(server, f"no token for {self._silence(state):.0f} s, and none on request ({error})")
             return
+        if held == 0:
+            await asyncio.sleep(self._deadlines.stall_s / 4)  # answers that have just ended are still on their way
         if state.last_sign > silent_since:
             return
         if held == 0:
-            self._give_up(state)
+            state.strikes += 1
+            self._give_up(suspects & state.requests)
             return
         limit = self._deadlines.patience * self._deadlines.stall_s
         if self._silence(state) > (limit if self._others_progress(state) else 3 * limit):
@@ -160,10 +166,10 @@ class Health:
 
     def _condemn(self, server: Server, reason: str) -> None:
         self._fleet.condemn(server, reason)
-        self._give_up(self._states[server])
+        self._give_up(self._states[server].requests)
 
-    def _give_up(self, state: _State) -> None:
-        """End every request to a server at once; whoever waits for one asks elsewhere."""
-        for request in state.requests:
+    def _give_up(self, requests: Collection[Request]) -> None:
+        """End them at once; whoever waits for one asks elsewhere."""
+        for request in requests:
             if not request.scope.expired():
                 request.scope.reschedule(0.0)

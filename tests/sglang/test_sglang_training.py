@@ -71,7 +71,7 @@ def test_an_evaluation_on_servers_is_the_embedded_engines(sglang_installed, trai
     assert metrics["embedded"]["greedy_accuracy"] == metrics["sglang"]["greedy_accuracy"]
     assert metrics["sglang"]["errors"] == 0 and metrics["sglang"]["responses"] == 512
     # Servers draw from random numbers of their own: two samples of one distribution.
-    for key, tolerance in (("accuracy", 0.1), ("length_mean", 0.5)):
+    for key, tolerance in (("accuracy", 0.15), ("length_mean", 1.0)):
         assert metrics["sglang"][key] == pytest.approx(metrics["embedded"][key], abs=tolerance)
     assert not processes_of(tmp_path / "sglang")
 

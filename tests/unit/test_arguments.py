@@ -240,7 +240,7 @@ def test_folders_are_checked_before_the_start(capsys, data, trained_base, tmp_pa
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     assert "no Hugging Face folder" in mistake(capsys, *data, "--save-hf", tmp_path / "full")
-    assert "starts from" in mistake(capsys, *data, "--save-hf", trained_base)
+    assert "is --hf-model" in mistake(capsys, *data, "--save-hf", trained_base)
     (tmp_path / "rollouts" / "step_0000001").mkdir(parents=True)
     assert "already holds rollouts" in mistake(capsys, *data, "--rollout-only", tmp_path / "rollouts")
     twice = f"a:{trained_base / 'heldout.jsonl'}:1"

@@ -2,37 +2,22 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).parents[2]
-PYTHON = Path(sys.prefix + "-bridge") / "bin" / "python"
+from side_environment import ROOT, run_cases, side_python
 
 
-@pytest.fixture
-def bridge_installed():
-    """Without Megatron-Bridge a test is skipped, and fails in CI."""
-    if not PYTHON.exists() and not os.environ.get("CI"):
-        pytest.skip("Megatron-Bridge is not installed: make bridge")
-
-
-def test_agrees_with_megatron_bridge(bridge_installed, tmp_path):
-    command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--basetemp", tmp_path / "cases"]
-    process = subprocess.run(
-        [*command, ROOT / "tests" / "bridge" / "cases.py"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
+def test_agrees_with_megatron_bridge(tmp_path):
+    run_cases("bridge", "bridge/cases.py", tmp_path)
 
 
 @pytest.mark.long
-def test_layouts_interchange(bridge_installed, tmp_path):
+def test_layouts_interchange(tmp_path):
     """Imported in one layout, exported in another; a vocabulary that the ranks do not divide."""
+    python = side_python("bridge")
     config = transformers.MistralConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
         vocab_size=93, tie_word_embeddings=True, sliding_window=None,
@@ -50,7 +35,7 @@ def test_layouts_interchange(bridge_installed, tmp_path):
             2,
         ],
     ):
-        command = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+        command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
         command += [ROOT / "tools" / "convert_checkpoint.py", *words, "--bridge", "megatron-bridge"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         process = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=280)

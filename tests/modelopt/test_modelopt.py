@@ -3,24 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
+from side_environment import ROOT, run_cases
 
-ROOT = Path(__file__).parents[2]
-PYTHON = Path(sys.prefix + "-modelopt") / "bin" / "python"
 TOOL = ROOT / "tools" / "quantize_checkpoint.py"
 
 
 def test_quantised_checkpoints(tmp_path):
-    if not PYTHON.exists() and not os.environ.get("CI"):
-        pytest.skip("ModelOpt is not installed: make modelopt")
-    command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--basetemp", tmp_path / "cases"]
-    process = subprocess.run(
-        [*command, ROOT / "tests" / "modelopt" / "cases.py"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
+    run_cases("modelopt", "modelopt/cases.py", tmp_path)
 
 
 def test_without_modelopt_the_tool_says_what_to_do(tmp_path):
